@@ -1,0 +1,444 @@
+"""Any Hugging Face image-text-to-text model, through its own processor and chat template."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from realign_lightning.backbones.base import Backbone, ImageFeatures
+from realign_lightning.types import (
+    VIEWS,
+    EncodedSample,
+    EncodedView,
+    Message,
+    PreferenceBatch,
+    PreferenceSample,
+    Prompt,
+    SampleError,
+    View,
+)
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class AutoBackbone(Backbone):
+    """Serves any model that ``AutoModelForImageTextToText`` loads and whose forward takes ``mm_encoder_outputs``.
+
+    Prompts pass through the processor's chat template, images through its image processor. The response is what the
+    template appends for the assistant's turn; where the template forgets the end-of-sequence token (LLaVA 1.5 on the
+    hub does), it is added, because generation has to stop and log pi(y | x, v) includes stopping.
+
+    Args:
+        path: folder or hub name of a checkpoint with its processor.
+        revision: branch, tag or commit on the hub.
+        dtype: weights' dtype; ``auto`` takes the checkpoint's own.
+        attn_implementation: ``sdpa``, ``flash_attention_2``, ``eager`` ...; None lets transformers choose.
+        quantization: ``nf4`` loads the language model in 4 bit with double quantization (QLoRA, arXiv 2305.14314);
+            vision tower, projector and head stay as they are.
+        max_length: longest sequence in tokens, image tokens included. A longer response is cut at its end and
+            counted; a prompt that leaves no room for a response is an error of that sample. None: no limit.
+        chat_template: Jinja chat template that replaces the processor's.
+        processor_kwargs: further arguments of the processor, for example ``{"max_pixels": 602112}``.
+
+    Raises:
+        ValueError: when the checkpoint has no chat template, or is no image-text-to-text decoder.
+        OSError: when the path is neither a folder with a checkpoint nor a name that the hub knows.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: DType = "auto",
+        attn_implementation: str | None = None,
+        quantization: Literal["nf4"] | None = None,
+        max_length: int | None = None,
+        chat_template: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"Expected `max_length` to be a positive number of tokens or None, got {max_length}.")
+        self.path = path
+        self.revision = revision
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.quantization = quantization
+        self.max_length = max_length
+        self.chat_template = chat_template
+        self.processor_kwargs = dict(processor_kwargs or {})
+
+    # ---- processor
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's processor, with this backbone's chat template if one was given."""
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            self.path, revision=self.revision, **self.processor_kwargs
+        )
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise ValueError(
+                f"Expected {self.path!r} to hold a processor for images and text, got {type(processor).__name__}. "
+                "rDPO needs a vision-language model."
+            )
+        if self.chat_template is not None:
+            processor.chat_template = self.chat_template
+        if processor.chat_template is None:
+            raise ValueError(f"The processor of {self.path!r} has no chat template: pass `chat_template`.")
+        return processor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
+        return tokenizer
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's padding token, or its end-of-sequence token where it has none."""
+        tokenizer = self.tokenizer
+        return self._token_id(tokenizer.eos_token if tokenizer.pad_token is None else tokenizer.pad_token)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response: what the chat template closes a turn with, and end-of-sequence."""
+        _, response = self._render("a", "a")
+        last = self._ids(response)[-1]
+        return tuple(dict.fromkeys((last, self._token_id(self.tokenizer.eos_token))))
+
+    @cached_property
+    def _image_token_id(self) -> int:
+        return self._token_id(self.processor.image_token)
+
+    def _token_id(self, token: object) -> int:
+        return cast("int", self.tokenizer.convert_tokens_to_ids(str(token)))
+
+    # ---- encoding
+
+    def encode_sample(self, sample: PreferenceSample) -> EncodedSample:
+        """Encode the three views; tokenises each distinct prompt and preprocesses each image once.
+
+        Raises:
+            SampleError: when a text contains the image token, or the prompt leaves no room for a response.
+        """
+        prompt, image = self._encode_prompt(sample.prompt, [sample.image])
+        visual_prompt, retrieved = self._encode_prompt(sample.prompt, [sample.retrieved])
+        return EncodedSample(
+            key=sample.key,
+            chosen=self._with_response(prompt, sample.prompt, sample.chosen),
+            rejected=self._with_response(prompt, sample.prompt, sample.rejected),
+            visual=self._with_response(visual_prompt, sample.prompt, sample.chosen),
+            image=image,
+            retrieved=retrieved,
+        )
+
+    def _messages(self, prompt: Prompt) -> Sequence[Message]:
+        """The prompt as chat messages whose first user turn shows the image."""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        messages = [dict(message) for message in prompt]
+        if not messages or messages[-1].get("role") != "user":
+            raise SampleError("the prompt must end with a user turn")
+        for message in messages:
+            if isinstance(message.get("content"), str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        parts = [part for message in messages for part in message["content"]]
+        if any(self.processor.image_token in part.get("text", "") for part in parts):
+            raise SampleError(f"the prompt contains the image token {self.processor.image_token!r} as text")
+        if not any(part.get("type") == "image" for part in parts):
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = [{"type": "image"}, *first["content"]]
+        return messages
+
+    def _render(self, prompt: Prompt, response: str | None = None) -> tuple[str, str]:
+        """Chat text up to the answer, and the answer's own text with its end-of-turn token ("" without a response)."""
+        messages = self._messages(prompt)
+        before: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if response is None:
+            return before, ""
+        answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
+        whole: str = self.processor.apply_chat_template([*messages, answer], tokenize=False)
+        if not whole.startswith(before) or response.strip() not in whole[len(before) :]:
+            raise ValueError(
+                f"The chat template of {self.path!r} does not append the assistant's turn to the generation prompt, so "
+                f"that the response cannot be told from the prompt: {before!r} against {whole!r}. Pass `chat_template`."
+            )
+        after = whole[len(before) :].rstrip()
+        if not any(after.endswith(token) for token in self.tokenizer.all_special_tokens):
+            after += str(self.tokenizer.eos_token)
+        return before, after
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of rendered chat text; templates that write the start token themselves get no second one."""
+        start = self.tokenizer.bos_token
+        with_start = not (start is not None and text.startswith(str(start)))
+        return list(self.tokenizer(text, add_special_tokens=with_start)["input_ids"])
+
+    def _encode_prompt(
+        self, prompt: Prompt, images: Sequence[Image.Image]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
+        before, _ = self._render(prompt)
+        start = self.tokenizer.bos_token
+        with_start = not (start is not None and before.startswith(str(start)))
+        encoded = self.processor(text=[before], images=list(images), add_special_tokens=with_start, return_tensors="pt")
+        length = encoded["input_ids"].shape[1]
+        tokens, image_inputs = {}, {}
+        for name, value in encoded.items():
+            if name in _TOKEN_INPUTS:
+                if value.shape != (1, length):
+                    raise ValueError(
+                        f"Expected {name} of shape (1, {length}) from the processor, got {tuple(value.shape)}."
+                    )
+                tokens[name] = value[0]
+            else:
+                image_inputs[name] = value
+        tokens.pop("attention_mask", None)
+        return tokens, image_inputs
+
+    def tokenize_response(self, prompt: Prompt, response: str) -> list[int]:
+        """Token ids of ``response`` as they follow ``prompt``, without the end-of-turn token.
+
+        Raises:
+            SampleError: when the response contains the image token.
+        """
+        ids = self._response_ids(prompt, response)
+        return ids[:-1] if ids[-1] in self.end_token_ids else ids
+
+    def _response_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
+        before, after = self._render(prompt, response)
+        prompt_ids, whole_ids = self._ids(before), self._ids(before + after)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            ids = whole_ids[len(prompt_ids) :]
+        else:
+            # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
+            ids = list(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        if self._image_token_id in ids:
+            raise SampleError(f"the response contains the image token {self.processor.image_token!r} as text")
+        return ids
+
+    def _with_response(self, prompt_tokens: Mapping[str, Tensor], prompt: Prompt, response: str) -> EncodedView:
+        ids = self._response_ids(prompt, response)
+        before = len(prompt_tokens["input_ids"])
+        room = len(ids) if self.max_length is None else min(len(ids), self.max_length - before)
+        if room < 1:
+            raise SampleError(
+                f"the prompt with its image takes {before} tokens and leaves no response token within "
+                f"max_length={self.max_length}"
+            )
+        tokens = {
+            name: torch.cat([value, torch.zeros(room, dtype=value.dtype)]) for name, value in prompt_tokens.items()
+        }
+        tokens["input_ids"][before:] = torch.tensor(ids[:room])
+        response_mask = torch.arange(before + room) >= before
+        return EncodedView(tokens, response_mask, truncated=len(ids) - room)
+
+    def collate(self, samples: Sequence[EncodedSample]) -> PreferenceBatch:
+        """Pad every view on the right to its longest row, and stack the images of all samples."""
+        if not samples:
+            raise ValueError("Expected at least one sample to collate, got none.")
+        views = {name: self._collate_view([getattr(sample, name) for sample in samples]) for name in VIEWS}
+        return PreferenceBatch(
+            **views,
+            images=self._stack_images([sample.image for sample in samples]),
+            retrieved=self._stack_images([sample.retrieved for sample in samples]),
+            weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+            keys=tuple(sample.key for sample in samples),
+            truncated=sum(getattr(sample, name).truncated for sample in samples for name in VIEWS),
+            skipped=tuple(skipped for sample in samples for skipped in sample.skipped),
+        )
+
+    def _collate_view(self, rows: Sequence[EncodedView]) -> View:
+        length = max(len(row.response_mask) for row in rows)
+        tokens = {name: self._pad([row.tokens[name] for row in rows], length, name) for name in rows[0].tokens}
+        lengths = torch.tensor([len(row.response_mask) for row in rows])
+        tokens["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        response = torch.stack([F.pad(row.response_mask, (0, length - len(row.response_mask))) for row in rows])
+        return View(tokens, response)
+
+    def _pad(self, rows: Sequence[Tensor], length: int, name: str, left: bool = False) -> Tensor:
+        fill = self.pad_token_id if name == "input_ids" else 0
+        return torch.stack(
+            [F.pad(row, (length - len(row), 0) if left else (0, length - len(row)), value=fill) for row in rows]
+        )
+
+    @staticmethod
+    def _stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Join image inputs along their first dimension; other dimensions are padded with zeros to the largest."""
+        return {name: _pad_and_cat([inputs[name] for inputs in images]) for name in images[0]}
+
+    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Inputs for generation, one row per (prompt, image), padded on the left.
+
+        Raises:
+            ValueError: when there are not as many images as prompts, or none at all.
+        """
+        if len(prompts) != len(images) or not prompts:
+            raise ValueError(f"Expected one image per prompt, got {len(prompts)} prompts and {len(images)} images.")
+        encoded = [self._encode_prompt(prompt, [image]) for prompt, image in zip(prompts, images, strict=True)]
+        rows = [tokens for tokens, _ in encoded]
+        length = max(len(row["input_ids"]) for row in rows)
+        inputs = {name: self._pad([row[name] for row in rows], length, name, left=True) for name in rows[0]}
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        inputs["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
+        return {**inputs, **self._stack_images([image_inputs for _, image_inputs in encoded])}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated token ids, special tokens left out, outer white space stripped."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    # ---- model
+
+    def load_model(self) -> PreTrainedModel:
+        """Load the pretrained weights, in eval mode.
+
+        Raises:
+            ValueError: when the checkpoint is no image-text-to-text decoder that takes ``mm_encoder_outputs``.
+        """
+        config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise ValueError(
+                f"Expected {self.path!r} to be an image-text-to-text model, got {config.model_type!r}. "
+                "rDPO scores images: choose a vision-language checkpoint."
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{self.path!r} is an encoder-decoder ({config.model_type}); only decoders are supported.")
+        kwargs: dict[str, Any] = {"revision": self.revision, "dtype": self._torch_dtype()}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        if self.quantization == "nf4":
+            kwargs["quantization_config"] = self._nf4()
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(self.path, **kwargs)
+        if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"{type(model).__name__} is not supported: it does not take `mm_encoder_outputs`, so that "
+                "responses cannot share their image."
+            )
+        model.train(False)
+        return model
+
+    def _torch_dtype(self) -> torch.dtype | str:
+        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def _nf4(self) -> BitsAndBytesConfig:
+        compute = torch.bfloat16 if self.dtype == "auto" else self._torch_dtype()
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            # Patterns match from the start of a module's name, and a list replaces the default that spares lm_head.
+            llm_int8_skip_modules=[*(f"model.{part}" for part in _IMAGE_PARTS), "lm_head"],
+        )
+
+    @staticmethod
+    def _inner(model: nn.Module) -> Any:
+        """The transformers model below PEFT's wrapper."""
+        return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+    def encode_images(self, model: nn.Module, images: Mapping[str, Tensor]) -> ImageFeatures:
+        """The model's own ``get_image_features`` on every image of the batch, in one call."""
+        core = self._inner(model).base_model
+        accepted = inspect.signature(core.get_image_features).parameters
+        return core.get_image_features(
+            **{name: value for name, value in images.items() if name in accepted}, return_dict=True
+        )
+
+    def join_images(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Image inputs of two batches as one batch, those of ``first`` in front."""
+        return self._stack_images([first, second])
+
+    def select_images(self, features: ImageFeatures, rows: Sequence[int]) -> ImageFeatures:
+        """Features of the images ``rows``, in that order; only what the language model reads is kept."""
+        return type(features)(pooler_output=[features.pooler_output[row] for row in rows])
+
+    def response_logits(
+        self, model: nn.Module, tokens: Mapping[str, Tensor], features: ImageFeatures, keep: Tensor
+    ) -> Tensor:
+        """Logits at the positions of ``keep`` only; the vocabulary head sees nothing else."""
+        # transformers writes into the dictionary it is given: a fresh one per call.
+        output = model(**tokens, mm_encoder_outputs={"image": features}, logits_to_keep=keep, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    def generate(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[str]:
+        """Answers to the rows of :meth:`encode_prompts`, cut at the end-of-turn token.
+
+        Greedy unless ``do_sample=True``; sampling settings that the checkpoint ships do not apply to greedy decoding.
+        """
+        device = next(model.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        if not kwargs.get("do_sample", False):
+            kwargs = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **kwargs}
+        settings = {"pad_token_id": self.pad_token_id, "eos_token_id": list(self.end_token_ids), **kwargs}
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                rows = model.generate(**inputs, **settings)  # type: ignore[operator]
+        finally:
+            model.train(was_training)
+        return [self.decode(row) for row in rows[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
+        """Mean over the vision tower's last hidden states, L2-normalised, (N, D) float32 on the CPU."""
+        device = next(model.parameters()).device
+        inputs = [self.processor.image_processor(images=[image], return_tensors="pt") for image in images]
+        joined = {name: value.to(device) for name, value in self._stack_images(inputs).items()}
+        with torch.inference_mode():
+            hidden = self.encode_images(model, joined).last_hidden_state
+        if hidden.ndim != 3 or len(hidden) != len(images):
+            raise ValueError(
+                f"Expected tower features of shape ({len(images)}, tokens, D), got {tuple(hidden.shape)}: this family "
+                "needs a backbone file of its own for image embeddings."
+            )
+        return F.normalize(hidden.float().mean(dim=1), dim=-1).cpu()
+
+    def image_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Parameters outside the language model and the head."""
+        language = {id(parameter) for parameter in self._inner(model).get_decoder().parameters()}
+        head = self._inner(model).get_output_embeddings()
+        language |= {id(parameter) for parameter in head.parameters()}
+        return (parameter for parameter in model.parameters() if id(parameter) not in language)
+
+    def language_linear_pattern(self, model: nn.Module) -> str:
+        """Pattern of the decoder's linear layers, 4-bit ones included."""
+        inner = self._inner(model)
+        decoder = inner.get_decoder()
+        prefix = next(name for name, module in inner.named_modules() if module is decoder)
+        leaves = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+        if not leaves:
+            raise ValueError(f"Found no linear layer in the language model of {type(inner).__name__}.")
+        return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, sorted(leaves)))})"
+
+
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""Names of processor outputs with one value per token; everything else describes images."""
+
+_IMAGE_PARTS = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "aligner")
+"""What transformers calls the parts that turn an image into tokens, below ``model``."""
+
+
+def _pad_and_cat(tensors: Sequence[Tensor]) -> Tensor:
+    sizes = [max(tensor.shape[dim] for tensor in tensors) for dim in range(1, tensors[0].ndim)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+        padded.append(F.pad(tensor, [pad for amount in reversed(missing) for pad in (0, amount)]))
+    return torch.cat(padded)

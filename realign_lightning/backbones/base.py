@@ -1,0 +1,104 @@
+"""The contract between a vision-language model family and the rest of the package.
+
+Everything that depends on a model family stands behind :class:`Backbone`: how to load it, how to turn a sample into
+model inputs and a response mask, how to collate, how to encode images and run the language model, which parts LoRA
+takes. The rest of the package never names ``pixel_values`` or any other family-specific input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from realign_lightning.types import EncodedSample, PreferenceBatch, PreferenceSample, Prompt
+
+ImageFeatures = Any
+"""Encoded images of a batch, opaque outside a backbone."""
+
+
+class Backbone(ABC):
+    """A vision-language model family: its processor, its inputs and its parts.
+
+    A backbone is light: it is made from plain arguments and reads processor files only when they are first needed,
+    so that a data module, a model and every data-loading worker can hold one each.
+    """
+
+    # ---- text and images to model inputs; needs the processor, not the weights
+
+    @abstractmethod
+    def encode_sample(self, sample: PreferenceSample) -> EncodedSample:
+        """Encode the three views of a sample; each image is preprocessed once.
+
+        Raises:
+            SampleError: if this sample cannot be encoded (no response token left, a reserved token in the text ...).
+        """
+
+    @abstractmethod
+    def collate(self, samples: Sequence[EncodedSample]) -> PreferenceBatch:
+        """Pad encoded samples on the right and join them into one batch."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Inputs for generation: one row per (prompt, image), padded on the left, ending where the answer begins."""
+
+    @abstractmethod
+    def tokenize_response(self, prompt: Prompt, response: str) -> list[int]:
+        """Token ids of ``response`` as they follow ``prompt``, without the end-of-turn token."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated token ids, special tokens left out, outer white space stripped."""
+
+    @property
+    @abstractmethod
+    def pad_token_id(self) -> int:
+        """Token id that fills padding."""
+
+    @property
+    @abstractmethod
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+
+    # ---- the model
+
+    @abstractmethod
+    def load_model(self) -> nn.Module:
+        """Load the pretrained weights; returned in eval mode, every parameter as the files have it."""
+
+    @abstractmethod
+    def encode_images(self, model: nn.Module, images: Mapping[str, Tensor]) -> ImageFeatures:
+        """Vision tower and projector on a batch's image inputs, each image once."""
+
+    @abstractmethod
+    def join_images(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Image inputs of two batches as one batch, those of ``first`` in front."""
+
+    @abstractmethod
+    def select_images(self, features: ImageFeatures, rows: Sequence[int]) -> ImageFeatures:
+        """Features of the images ``rows``, in that order; an index may occur several times."""
+
+    @abstractmethod
+    def response_logits(
+        self, model: nn.Module, tokens: Mapping[str, Tensor], features: ImageFeatures, keep: Tensor
+    ) -> Tensor:
+        """Logits (N, vocabulary) at the N positions where ``keep`` (B, L) is True, in row-major order."""
+
+    @abstractmethod
+    def generate(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[str]:
+        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to the model's ``generate``."""
+
+    @abstractmethod
+    def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
+        """Mean-pooled, L2-normalised vision-tower features of images, (N, D) float32 on the CPU."""
+
+    @abstractmethod
+    def image_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Parameters that :meth:`encode_images` uses: vision tower and projector, adapters on them included."""
+
+    @abstractmethod
+    def language_linear_pattern(self, model: nn.Module) -> str:
+        """Regular expression that fully matches the names of the language model's linear layers, never the head's."""

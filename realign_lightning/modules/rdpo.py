@@ -1,0 +1,286 @@
+"""Preference training of a vision-language model as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from realign_lightning.backbones.adapters import LoRA
+from realign_lightning.backbones.base import Backbone
+from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
+from realign_lightning.modules.hparams import component_spec
+from realign_lightning.modules.reference import Reference, ReferenceKind, make_reference
+from realign_lightning.modules.schedule import WarmupCosine
+from realign_lightning.scoring import encode_batch_images, response_lengths, score
+from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, Prompt, ViewName
+
+SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+"""Makes a scheduler from the optimizer and the number of optimizer steps of the whole run."""
+
+
+_PROGRESS_BAR = ("loss", "rewards/margins", "rewards/visual_margins")
+
+
+def paper_adamw(parameters: Iterable[Any]) -> Optimizer:
+    """AdamW with Re-Align's settings: learning rate 1e-5, no weight decay."""
+    return AdamW(parameters, lr=1e-5, weight_decay=0.0)
+
+
+class RDPOModule(pl.LightningModule):
+    """rDPO (Re-Align, arXiv 2502.13146) on any backbone, with LoRA or in full.
+
+    Per training step the three views of every sample are scored under the policy and under its frozen reference, each
+    distinct image encoded once; when the image path is frozen, policy and reference share the features. The model is
+    loaded in :meth:`configure_model`, not in the constructor.
+
+    Logged under ``train/`` and ``val/``: ``loss``, ``rewards/{chosen,rejected,margins,accuracies}``,
+    ``rewards/{visual,visual_margins,visual_accuracies}`` and ``logps/{chosen,rejected,visual}``, the names of TRL.
+    Validation scores all three views also when ``visual_weight`` is 0, so that DPO and rDPO can be compared.
+
+    Checkpoints hold what was trained (the adapter, or every trainable weight) and plain hyperparameters that describe
+    backbone, loss and adapter; :meth:`load_from_checkpoint` rebuilds the module from them. Optimizer and scheduler
+    made in Python are not described: pass them again to train on.
+
+    Args:
+        backbone: model family and checkpoint.
+        loss: preference loss; None is :class:`~realign_lightning.losses.RDPOLoss` with Eq. 1's defaults.
+        adapter: LoRA settings; None trains every weight.
+        reference: what the policy is compared with, see :data:`~realign_lightning.modules.reference.ReferenceKind`.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes the scheduler from the optimizer and the number of steps; None keeps the rate constant.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
+
+    Raises:
+        ValueError: for ``reference='adapter_off'`` without an adapter.
+        TypeError: for a component that cannot be described by plain values.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        loss: PreferenceLoss | None = None,
+        adapter: LoRA | None = None,
+        reference: ReferenceKind = "auto",
+        optimizer: OptimizerCallable = paper_adamw,
+        lr_scheduler: SchedulerCallable | None = WarmupCosine,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if reference == "adapter_off" and adapter is None:
+            raise ValueError("reference='adapter_off' needs an adapter to switch off: set `adapter`.")
+        self.backbone = backbone
+        self.loss: PreferenceLoss = RDPOLoss() if loss is None else loss
+        self.adapter = adapter
+        self.reference_kind = reference
+        self.make_optimizer = optimizer
+        self.make_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self._policy: nn.Module | None = None
+        self._reference: Reference | None = None
+        self._describe()
+
+    def _describe(self) -> None:
+        """Keep plain hyperparameters: the command line's own, or the same form for a module made in Python."""
+        self.save_hyperparameters(ignore=["backbone", "loss", "adapter", "optimizer", "lr_scheduler"])
+        if "_instantiator" in self.hparams:
+            return
+        described = {
+            "backbone": component_spec(self.backbone, "backbone"),
+            "loss": component_spec(self.loss, "loss"),
+            "adapter": component_spec(self.adapter, "adapter"),
+        }
+        self.save_hyperparameters({**described, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
+
+    # ---- models
+
+    @property
+    def policy(self) -> nn.Module:
+        """The model that is trained; loaded when first asked for."""
+        self.configure_model()
+        assert self._policy is not None  # noqa: S101
+        return self._policy
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference."""
+        self.configure_model()
+        assert self._reference is not None  # noqa: S101
+        return self._reference
+
+    def configure_model(self) -> None:
+        """Load the backbone, fix the reference, put the adapter on. Lightning may call it several times."""
+        if self._policy is not None:
+            return
+        model = self.backbone.load_model()
+        self._reference = make_reference(self.reference_kind, model, has_adapter=self.adapter is not None)
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if self.adapter is not None:
+            model = self.adapter.apply(self.backbone, model)
+        elif not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("Nothing to train: every weight is frozen. Set `adapter` (a 4-bit model needs one).")
+        self._policy = model
+
+    @property
+    def image_path_is_frozen(self) -> bool:
+        """Whether vision tower and projector are as the reference has them: nothing in them is trained."""
+        return not any(parameter.requires_grad for parameter in self.backbone.image_parameters(self.policy))
+
+    # ---- training
+
+    def score(
+        self, batch: PreferenceBatch, views: Sequence[ViewName] = VIEWS, with_reference: bool = True
+    ) -> tuple[LogProbs, LogProbs | None]:
+        """Log-probs of the views under the policy (with gradient) and under the reference (without).
+
+        Args:
+            batch: B samples.
+            views: which views to score.
+            with_reference: False leaves the reference out.
+        """
+        share = self.image_path_is_frozen
+        with torch.no_grad() if share else nullcontext():
+            images = encode_batch_images(self.backbone, self.policy, batch, views)
+        reference = None
+        if with_reference:
+            with torch.no_grad(), self.reference.use(self.policy) as model:
+                reference = score(self.backbone, model, batch, views, images if share else None)
+        return score(self.backbone, self.policy, batch, views, images), reference
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch's samples."""
+        return self._step(batch, "train", self.loss.views)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The same on held-out samples, all three views."""
+        return self._step(batch, "val", VIEWS if self.loss.needs_reference else self.loss.views)
+
+    def _step(self, batch: PreferenceBatch, stage: str, views: Sequence[ViewName]) -> Tensor:
+        policy, reference = self.score(batch, views, self.loss.needs_reference)
+        output = self.loss(policy, reference, response_lengths(batch))
+        per_sample = {"loss": output.losses, **reward_metrics(output)}
+        per_sample |= {f"logps/{view}": value.detach() for view, value in policy.items()}
+        means = {name: self._mean(value, batch.weights) for name, value in per_sample.items()}
+        for name, value in means.items():
+            self.log(
+                f"{stage}/{name}",
+                value.detach(),
+                prog_bar=name in _PROGRESS_BAR,
+                batch_size=int(batch.weights.sum()),
+                sync_dist=stage == "val",
+            )
+        return means["loss"]
+
+    @staticmethod
+    def _mean(values: Tensor, weights: Tensor) -> Tensor:
+        return (values * weights).sum() / weights.sum().clamp(min=1)
+
+    def on_fit_start(self) -> None:
+        """Put the policy into training mode: models come from disk in eval mode and the Trainer leaves it at that."""
+        self.policy.train()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer over what is trainable, and the schedule over the run's estimated steps."""
+        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- use
+
+    def generate(self, prompts: Sequence[Prompt], images: Sequence[Image.Image], **kwargs: Any) -> list[str]:
+        """The policy's answers to one prompt per image, greedy unless told otherwise.
+
+        Args:
+            prompts: texts or chat messages.
+            images: one image per prompt.
+            **kwargs: go to the model's ``generate``, for example ``max_new_tokens``.
+        """
+        return self.backbone.generate(self.policy, self.backbone.encode_prompts(prompts, images), **kwargs)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the PEFT adapter, or the whole model after full fine-tuning, for plain transformers and peft.
+
+        Args:
+            folder: made if needed.
+        """
+        self.policy.save_pretrained(str(folder))  # type: ignore[operator]
+
+    def clone(self, **changes: Any) -> RDPOModule:
+        """A fresh, untrained module with the same settings.
+
+        Args:
+            **changes: constructor arguments to replace, for example ``loss``.
+        """
+        arguments = {
+            "backbone": self.backbone,
+            "loss": self.loss,
+            "adapter": self.adapter,
+            "reference": self.reference_kind,
+            "optimizer": self.make_optimizer,
+            "lr_scheduler": self.make_scheduler,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        return type(self)(**{**arguments, **changes})
+
+    # ---- checkpoints
+
+    @property
+    def strict_loading(self) -> bool:
+        """False: checkpoints hold trained weights only; :meth:`on_load_checkpoint` checks that they fit exactly."""
+        return False
+
+    @strict_loading.setter
+    def strict_loading(self, value: bool) -> None:
+        if value:
+            raise ValueError("Checkpoints of RDPOModule hold trained weights only: strict_loading=True cannot work.")
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only."""
+        trained = self._trained_names()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = False, assign: bool = False) -> Any:
+        """Load trained weights; the frozen rest, which no checkpoint holds, is not reported as missing."""
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = sorted(self._trained_names() & set(keys.missing_keys))
+        if missing or keys.unexpected_keys:
+            raise ValueError(
+                f"Expected every trained weight and nothing else, got {missing=}, {keys.unexpected_keys=}."
+            )
+        keys.missing_keys.clear()
+        return keys
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone or adapter.
+
+        Raises:
+            ValueError: if names or shapes of the weights differ from what this module trains.
+        """
+        self.configure_model()
+        shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        trained = self._trained_names()
+        expected = {name: tuple(value.shape) for name, value in self.named_parameters() if name in trained}
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"The checkpoint does not fit this module: {len(wrong)} of {len(expected)} trained weights differ. "
+                f"Expected {name!r} with shape {expected.get(name)}, got {shapes.get(name)}. "
+                "It was made with another backbone or adapter: use the recipe that made it."
+            )

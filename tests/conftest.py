@@ -1,0 +1,42 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from realign_lightning.types import PreferenceSample
+
+# Tokenizers' threads and forked data-loading workers do not mix.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_models import make_tiny_llava
+
+    return make_tiny_llava(tmp_path_factory.mktemp("tiny") / "llava")
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def preference_samples(count: int = 4) -> list[PreferenceSample]:
+    """Samples whose prompts and responses differ in length."""
+    texts = [
+        ("describe the image.", "a red bus stands beside two people.", "a green bus and a dog."),
+        ("what is in the picture?", "a cat.", "three apples, a bottle of water and a laptop in the night."),
+        ("is there a dog on the sofa?", "no.", "yes, there is a dog under the table."),
+        ("what is seen from above?", "the traffic light and two apples.", "no people."),
+    ]
+    return [
+        PreferenceSample(
+            f"sample{i}",
+            picture(2 * i, (40 + 3 * i, 32)),
+            picture(2 * i + 1),
+            *texts[i % len(texts)],
+        )
+        for i in range(count)
+    ]

@@ -1,0 +1,294 @@
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText
+
+from realign_lightning.backbones import AutoBackbone, LoRA
+from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
+from realign_lightning.modules import RDPOModule
+from tests.conftest import picture, preference_samples
+
+SMALL = LoRA(r=4, alpha=8, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_llava):
+    return AutoBackbone(str(tiny_llava))
+
+
+@pytest.fixture(scope="module")
+def batch(backbone):
+    return backbone.collate([backbone.encode_sample(sample) for sample in preference_samples(3)])
+
+
+def fast_adam(parameters):
+    return torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
+
+
+def module_of(backbone, **settings) -> RDPOModule:
+    torch.manual_seed(0)
+    return RDPOModule(backbone, **{"adapter": SMALL, "optimizer": fast_adam, **settings})
+
+
+def loader_of(backbone, count: int = 4, batch_size: int = 2) -> DataLoader:
+    encoded = [backbone.encode_sample(sample) for sample in preference_samples(count)]
+    return DataLoader(encoded, batch_size=batch_size, collate_fn=backbone.collate)
+
+
+class Recorder(pl.Callback):
+    def __init__(self):
+        self.losses, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def trainer_of(folder, recorder=None, **settings) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder] if recorder else [],
+        **{"max_epochs": 2, "enable_checkpointing": False, **settings},
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": None}], ids=["lora", "full"])
+def test_first_loss_is_two_ln_two_and_rewards_are_zero(backbone, batch, settings):
+    module = module_of(backbone, **settings)
+    policy, reference = module.score(batch)
+    for view, value in policy.items():
+        torch.testing.assert_close(value, getattr(reference, view), rtol=0, atol=1e-6)
+    loss = module.loss(policy, reference).losses
+    torch.testing.assert_close(loss, torch.full_like(loss, 2 * math.log(2)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"adapter": None}, {"reference": "frozen_copy"}], ids=["lora", "full", "copy"]
+)
+def test_training_learns_and_leaves_the_reference_alone(backbone, batch, tmp_path, settings):
+    module = module_of(backbone, **settings)
+    before = module.score(batch)[1]
+    recorder = Recorder()
+    trainer_of(tmp_path, recorder, max_epochs=6).fit(module, loader_of(backbone))
+    policy, after = module.score(batch)
+    for view, value in before.items():
+        assert torch.equal(value, getattr(after, view))
+    assert recorder.losses[0] == pytest.approx(2 * math.log(2), abs=1e-6)
+    assert recorder.losses[-1] < 1.0
+    assert (policy.chosen - after.chosen > policy.rejected - after.rejected).all()
+
+
+def test_adapter_off_is_the_base_model_to_the_last_bit(backbone, batch, tmp_path):
+    module = module_of(backbone)
+    trainer_of(tmp_path).fit(module, loader_of(backbone))
+    from realign_lightning.scoring import score
+
+    with torch.no_grad():
+        base = score(backbone, backbone.load_model(), batch)
+    for view, value in base.items():
+        assert torch.equal(value, getattr(module.score(batch)[1], view))
+
+
+def test_frozen_image_path_is_encoded_once_for_policy_and_reference(backbone, batch):
+    for adapter, calls in ((SMALL, 1), (None, 2)):
+        module = module_of(backbone, adapter=adapter)
+        module.configure_model()
+        encoded = []
+        towers = [tower for name, tower in module.named_modules() if name.endswith("vision_tower")]
+        for tower in towers:
+            tower.register_forward_hook(lambda tower, inputs, output, into=encoded: into.append(len(inputs[0])))
+        module.score(batch)
+        assert module.image_path_is_frozen == (adapter is not None)
+        assert encoded == [2 * len(batch)] * calls
+
+
+def test_full_training_reaches_the_vision_tower(backbone, batch):
+    module = module_of(backbone, adapter=None)
+    policy, reference = module.score(batch)
+    module.loss(policy, reference).losses.sum().backward()
+    tower = module.policy.model.vision_tower
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in tower.parameters())
+
+
+def test_logged_names(backbone, tmp_path):
+    module = module_of(backbone, loss=RDPOLoss(visual_weight=0.0))
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, loader_of(backbone), loader_of(backbone))
+    text = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    text |= {"logps/chosen", "logps/rejected"}
+    image = {"rewards/visual", "rewards/visual_margins", "rewards/visual_accuracies", "logps/visual"}
+    assert {f"train/{name}" for name in text} | {f"val/{name}" for name in text | image} == set(trainer.logged_metrics)
+
+
+def test_policy_trains_in_train_mode_and_reference_in_eval_mode(backbone, tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(
+                (pl_module.policy.training, pl_module.reference.training and pl_module.reference.model.training)
+            )
+
+    trainer = trainer_of(tmp_path, Watch(), max_epochs=2)
+    trainer.fit(module_of(backbone, reference="frozen_copy"), loader_of(backbone), loader_of(backbone))
+    assert seen == [(True, False)] * 4
+
+
+def test_zero_weight_rows_do_not_count(backbone, batch):
+    import dataclasses
+
+    module = module_of(backbone, adapter=LoRA(r=4, alpha=8, dropout=0.0))
+    module.score(batch)
+    for parameter in module.policy.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    module.log = lambda *args, **kwargs: None
+    masked = dataclasses.replace(batch, weights=torch.tensor([1.0, 0.0, 1.0]))
+    with torch.no_grad():
+        policy, reference = module.score(batch)
+        losses = module.loss(policy, reference).losses
+        torch.testing.assert_close(module.training_step(masked, 0), (losses[0] + losses[2]) / 2)
+        torch.testing.assert_close(module.training_step(batch, 0), losses.mean())
+        nothing = dataclasses.replace(batch, weights=torch.zeros(3))
+        assert module.training_step(nothing, 0) == 0
+
+
+def test_schedule_spans_the_estimated_steps(backbone, tmp_path):
+    """8 samples, batches of 2, 2 per step, 4 epochs: 8 steps; 25 % warm-up is 2 steps, then a cosine over 6."""
+    from functools import partial
+
+    from realign_lightning.modules import WarmupCosine
+
+    recorder = Recorder()
+    module = module_of(backbone, lr_scheduler=partial(WarmupCosine, warmup_ratio=0.25))
+    trainer = trainer_of(tmp_path, recorder, max_epochs=4, accumulate_grad_batches=2)
+    trainer.fit(module, loader_of(backbone, count=8))
+    assert trainer.global_step == 8
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
+    # Rates are read after the scheduler moved on: every second batch steps.
+    assert recorder.rates[1::2] == pytest.approx([5e-3 * factor for factor in [1.0, *cosine]])
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing(backbone, batch):
+    def gradients(module, batches):
+        module.policy.train()
+        module.log = lambda *args, **kwargs: None
+        for one in batches:
+            (module.training_step(one, 0) / len(batches)).backward()
+        return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+    halves = [backbone.collate([backbone.encode_sample(sample)]) for sample in preference_samples(3)]
+    together = gradients(module_of(backbone), [batch])
+    for others in (
+        gradients(module_of(backbone), halves),
+        gradients(module_of(backbone, gradient_checkpointing=True), [batch]),
+    ):
+        assert together.keys() == others.keys()
+        for name, gradient in together.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class TestCheckpoints:
+    def fit(self, backbone, folder, **settings):
+        module = module_of(backbone, **settings)
+        trainer = trainer_of(folder)
+        trainer.fit(module, loader_of(backbone))
+        trainer.save_checkpoint(folder / "run.ckpt")
+        return module, folder / "run.ckpt"
+
+    def test_holds_only_what_was_trained_and_plain_values(self, backbone, tmp_path):
+        module, path = self.fit(backbone, tmp_path)
+        checkpoint = torch.load(path, weights_only=True)
+        assert set(checkpoint["state_dict"]) == {n for n, p in module.named_parameters() if p.requires_grad}
+        assert all("lora_" in name for name in checkpoint["state_dict"])
+        assert checkpoint["hyper_parameters"]["backbone"]["init_args"]["path"] == backbone.path
+
+    @pytest.mark.parametrize("settings", [{}, {"adapter": None, "loss": RDPOLoss(beta=0.3)}], ids=["lora", "full"])
+    def test_load_from_checkpoint_rebuilds_the_module(self, backbone, batch, tmp_path, settings):
+        module, path = self.fit(backbone, tmp_path, **settings)
+        loaded = RDPOModule.load_from_checkpoint(path)
+        assert loaded.loss.beta == module.loss.beta
+        with torch.no_grad():
+            for (view, ours), (_, theirs) in zip(
+                module.score(batch)[0].items(), loaded.score(batch)[0].items(), strict=True
+            ):
+                assert torch.equal(ours, theirs), view
+
+    def test_resumed_run_continues_with_the_same_losses(self, backbone, tmp_path):
+        whole, second = Recorder(), Recorder()
+        trainer_of(tmp_path / "whole", whole, max_epochs=3).fit(module_of(backbone), loader_of(backbone))
+        keep = ModelCheckpoint(tmp_path / "first", save_top_k=-1, filename="{epoch}")
+        halfway = trainer_of(tmp_path, keep, max_epochs=3, enable_checkpointing=True)
+        halfway.fit(module_of(backbone), loader_of(backbone))
+        resumed = trainer_of(tmp_path, second, max_epochs=3)
+        torch.manual_seed(123)
+        fresh = RDPOModule(backbone, adapter=SMALL, optimizer=fast_adam)
+        resumed.fit(fresh, loader_of(backbone), ckpt_path=tmp_path / "first" / "epoch=0.ckpt")
+        assert second.losses == whole.losses[2:]
+        assert len(second.losses) == 4
+
+    def test_checkpoint_of_another_adapter_is_refused(self, backbone, tmp_path):
+        _, path = self.fit(backbone, tmp_path)
+        with pytest.raises(ValueError, match="another backbone or adapter"):
+            RDPOModule.load_from_checkpoint(path, adapter=LoRA(r=2))
+        with pytest.raises(ValueError, match="another backbone or adapter"):
+            RDPOModule.load_from_checkpoint(path, adapter=None)
+
+    def test_exported_adapter_answers_alike_in_plain_transformers_and_peft(self, backbone, tmp_path):
+        module, _ = self.fit(backbone, tmp_path)
+        module.export(tmp_path / "adapter")
+        base = AutoModelForImageTextToText.from_pretrained(backbone.path)
+        plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        prompts, images = ["describe the image.", "is there a dog?"], [picture(1), picture(2)]
+        inputs = backbone.encode_prompts(prompts, images)
+        ids = plain.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        assert module.generate(prompts, images, max_new_tokens=12) == texts
+        assert texts != backbone.generate(backbone.load_model(), inputs, max_new_tokens=12)
+
+    def test_exported_full_model_loads_in_plain_transformers(self, backbone, batch, tmp_path):
+        module, _ = self.fit(backbone, tmp_path, adapter=None)
+        module.export(tmp_path / "model")
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+        ours = dict(module.policy.named_parameters())
+        assert all(torch.equal(value, ours[name]) for name, value in plain.named_parameters())
+
+
+def test_sft_control_needs_neither_reference_nor_other_views(backbone, tmp_path):
+    module = module_of(backbone, loss=SFTLoss())
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, loader_of(backbone), loader_of(backbone))
+    assert set(trainer.logged_metrics) == {"train/loss", "train/logps/chosen", "val/loss", "val/logps/chosen"}
+
+
+def test_clone_starts_afresh(backbone, tmp_path):
+    module = module_of(backbone)
+    trainer_of(tmp_path, max_epochs=1).fit(module, loader_of(backbone))
+    control = module.clone(loss=SFTLoss())
+    assert isinstance(control.loss, SFTLoss)
+    assert control.adapter == module.adapter
+    assert all((p == 0).all() for n, p in control.policy.named_parameters() if "lora_B" in n)
+
+
+class NamelessLoss(PreferenceLoss):
+    def __init__(self, strength: float = 1.0) -> None:
+        super().__init__()
+        self.scale = strength
+
+
+def test_impossible_modules_are_refused(backbone, tiny_llava):
+    with pytest.raises(ValueError, match="adapter_off"):
+        RDPOModule(backbone, reference="adapter_off")
+    with pytest.raises(TypeError, match="strength"):
+        RDPOModule(backbone, loss=NamelessLoss())
+    with pytest.raises(OSError, match="nowhere"):
+        RDPOModule(AutoBackbone("./nowhere")).configure_model()
