@@ -1,0 +1,233 @@
+"""Step 3 of building pairs: let the policy fill the masks while it looks at another image (Re-Align, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from realign_lightning.backbones.base import Backbone
+from realign_lightning.preferences.mask import MaskedResponse
+from realign_lightning.types import Prompt
+
+FREEFORM_INSTRUCTION = (
+    "Here is an answer to the question about this image: {prompt}\n{masked}\n"
+    "Replace every [MASK] by what you see in the image and write out the completed answer, nothing else."
+)
+"""Asks a general VLM for the completed response; the paper prints no wording of its own."""
+
+
+class InductionRequest(NamedTuple):
+    """One response to complete.
+
+    Args:
+        prompt: what the original response answers.
+        masked: the masked response.
+        image: the retrieved image to look at.
+    """
+
+    prompt: Prompt
+    masked: MaskedResponse
+    image: Image.Image
+
+
+class Inducer:
+    """Completes masked responses on retrieved images, in batches.
+
+    ``freeform`` asks for the completed text, as the paper does. ``infill`` forces every unmasked word to stay and lets
+    the policy choose each filler from ``fillers`` only, so that the pair differs in the masked places and nowhere else.
+    A response that is masked as a whole is simply asked for again: the original prompt, on the other image.
+
+    Args:
+        mode: ``freeform`` or ``infill``.
+        instruction: prompt for completing; ``{masked}`` stands for the masked response, ``{prompt}`` for the original
+            prompt (plain-text prompts only).
+        mask_token: what stands for a mask in the instruction.
+        fillers: words that may fill a mask; needed by ``infill``.
+        sample: draw from the policy's distribution instead of taking its best guess.
+        temperature: of the drawing.
+        max_new_tokens: longest completion.
+        batch_size: requests per call of the model's ``generate``.
+
+    Raises:
+        ValueError: for ``infill`` without fillers, or an instruction without ``{masked}``.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["freeform", "infill"] = "freeform",
+        instruction: str = FREEFORM_INSTRUCTION,
+        mask_token: str = "[MASK]",  # noqa: S107
+        fillers: Sequence[str] | None = None,
+        sample: bool = False,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+    ) -> None:
+        if mode == "infill" and not fillers:
+            raise ValueError("mode='infill' chooses every filler from a list: expected `fillers`, got none.")
+        if "{masked}" not in instruction:
+            raise ValueError(f"Expected `instruction` to hold '{{masked}}', got {instruction!r}.")
+        self.mode: Literal["freeform", "infill"] = mode
+        self.instruction = instruction
+        self.mask_token = mask_token
+        self.fillers = list(fillers or [])
+        self.sample = sample
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    def complete(
+        self, backbone: Backbone, model: nn.Module, requests: Sequence[InductionRequest], description: str = "induce"
+    ) -> list[str]:
+        """Complete every request.
+
+        Args:
+            backbone: the model's family.
+            model: the policy.
+            requests: what to complete.
+            description: text beside the progress bar.
+
+        Returns:
+            One completion per request.
+        """
+        completions: list[str] = [""] * len(requests)
+        # Rows of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(requests)), key=lambda row: len(requests[row].masked.response))
+        for start in tqdm(range(0, len(order), self.batch_size), desc=description, unit="batch"):
+            rows = order[start : start + self.batch_size]
+            for row, text in zip(rows, self._complete_batch(backbone, model, [requests[r] for r in rows]), strict=True):
+                completions[row] = text
+        return completions
+
+    def _complete_batch(self, backbone: Backbone, model: nn.Module, requests: Sequence[InductionRequest]) -> list[str]:
+        prompts = [self._ask(request) for request in requests]
+        inputs = backbone.encode_prompts(prompts, [request.image for request in requests])
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.sample:
+            settings |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        if self.mode == "infill":
+            rows = [
+                None if request.masked.is_whole else self._infill_row(backbone, prompt, request.masked)
+                for prompt, request in zip(prompts, requests, strict=True)
+            ]
+            forcing = ForcedInfill(rows, inputs["input_ids"].shape[1], backbone.pad_token_id)
+            settings["logits_processor"] = LogitsProcessorList([forcing])
+        return backbone.generate(model, inputs, **settings)
+
+    def _ask(self, request: InductionRequest) -> Prompt:
+        if request.masked.is_whole:
+            return request.prompt
+        masked = request.masked.render(self.mask_token)
+        if "{prompt}" in self.instruction and not isinstance(request.prompt, str):
+            raise ValueError("The instruction holds '{prompt}', which needs plain-text prompts; this one is a chat.")
+        # Not str.format: braces in a response are text.
+        return self.instruction.replace("{prompt}", str(request.prompt)).replace("{masked}", masked)
+
+    def _infill_row(self, backbone: Backbone, prompt: Prompt, masked: MaskedResponse) -> InfillRow:
+        end = backbone.end_token_ids[0]
+        return InfillRow(masked.segments, self.fillers, lambda text: backbone.tokenize_response(prompt, text), end)
+
+
+class _Path(NamedTuple):
+    """One way to go on: the text chosen so far, its token ids, white space not yet written, masks filled."""
+
+    text: str
+    ids: tuple[int, ...]
+    pending: str
+    filled: int
+
+
+class InfillRow:
+    """Which tokens may come next when the unmasked words are fixed and each mask takes one of the fillers.
+
+    Texts are tokenised as a whole, mask by mask, so that it works with any tokenizer: a filler's tokens are those that
+    it has between its neighbours.
+
+    Args:
+        segments: unmasked text before, between and behind the masks.
+        fillers: what a mask may become.
+        tokenize: token ids of a response.
+        end_token_id: closes the response.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[str],
+        fillers: Sequence[str],
+        tokenize: Callable[[str], Sequence[int]],
+        end_token_id: int,
+    ) -> None:
+        self._segments = list(segments)
+        self._fillers = list(fillers)
+        self._tokenize = tokenize
+        self._end = end_token_id
+        first = self._segments[0].rstrip()
+        ids = tuple(tokenize(first)) if first else ()
+        self._paths = [_Path(first, ids, self._segments[0][len(first) :], 0)]
+
+    def allowed(self, generated: Sequence[int]) -> set[int]:
+        """Token ids that may follow ``generated``; empty when the response is complete.
+
+        Args:
+            generated: the tokens so far, which must have grown by allowed ones since the last call.
+        """
+        written = tuple(generated)
+        if self._end in written:
+            return set()
+        paths = [path for path in self._paths if path.ids[: len(written)] == written]
+        open_paths: list[_Path] = []
+        while paths:
+            path = paths.pop()
+            if len(path.ids) > len(written):
+                open_paths.append(path)
+            else:
+                paths.extend(self._extend(path))
+        self._paths = open_paths
+        return {path.ids[len(written)] for path in open_paths}
+
+    def _extend(self, path: _Path) -> Iterator[_Path]:
+        last = path.filled == len(self._segments) - 1
+        if last:
+            yield _Path(path.text, (*path.ids, self._end), "", path.filled)
+            return
+        segment = self._segments[path.filled + 1]
+        # White space before the next filler belongs to the filler's token in most vocabularies: written with it.
+        kept = segment.rstrip()
+        for filler in self._fillers:
+            text = path.text + path.pending + filler + kept
+            ids = tuple(self._tokenize(text))
+            if ids[: len(path.ids)] != path.ids:
+                ids = (*path.ids, *self._tokenize(path.pending + filler + kept))
+            yield _Path(text, ids, segment[len(kept) :], path.filled + 1)
+
+
+class ForcedInfill(LogitsProcessor):
+    """Lets each row of a batch go on only as its :class:`InfillRow` allows.
+
+    Args:
+        rows: one per row; None leaves a row free.
+        prompt_length: tokens before the answer, padding included.
+        pad_token_id: what rows that are complete are filled with.
+    """
+
+    def __init__(self, rows: Sequence[InfillRow | None], prompt_length: int, pad_token_id: int) -> None:
+        self._rows = rows
+        self._prompt_length = prompt_length
+        self._pad = pad_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with minus infinity wherever a row may not go."""
+        forced = scores.clone()
+        for row, infill in enumerate(self._rows):
+            if infill is None:
+                continue
+            allowed = sorted(infill.allowed(input_ids[row, self._prompt_length :].tolist())) or [self._pad]
+            forced[row] = float("-inf")
+            forced[row, allowed] = torch.nan_to_num(scores[row, allowed], neginf=torch.finfo(scores.dtype).min)
+        return forced
