@@ -1,7 +1,29 @@
-"""Vision-language model families behind one contract, and the adapters they train with."""
+"""Vision-language model families behind one contract, and the adapters they train with.
 
-from realign_lightning.backbones.adapters import LoRA
-from realign_lightning.backbones.auto import AutoBackbone
+The contract loads nothing; the families and adapters, which need transformers and peft, are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from realign_lightning.backbones.base import Backbone, ImageFeatures
 
+if TYPE_CHECKING:
+    from realign_lightning.backbones.adapters import LoRA
+    from realign_lightning.backbones.auto import AutoBackbone
+
+_HOMES = {"AutoBackbone": "realign_lightning.backbones.auto", "LoRA": "realign_lightning.backbones.adapters"}
+
 __all__ = ["AutoBackbone", "Backbone", "ImageFeatures", "LoRA"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -200,15 +200,20 @@ class RDPOModule(pl.LightningModule):
 
     # ---- use
 
-    def generate(self, prompts: Sequence[Prompt], images: Sequence[Image.Image], **kwargs: Any) -> list[str]:
-        """The policy's answers to one prompt per image, greedy unless told otherwise.
+    def generate(
+        self, prompts: Sequence[Prompt], images: Sequence[Image.Image], reference: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The answers to one prompt per image, greedy unless told otherwise.
 
         Args:
             prompts: texts or chat messages.
             images: one image per prompt.
+            reference: ask the frozen reference instead of the policy.
             **kwargs: go to the model's ``generate``, for example ``max_new_tokens``.
         """
-        return self.backbone.generate(self.policy, self.backbone.encode_prompts(prompts, images), **kwargs)
+        inputs = self.backbone.encode_prompts(prompts, images)
+        with self.reference.use(self.policy) if reference else nullcontext(self.policy) as model:
+            return self.backbone.generate(model, inputs, **kwargs)
 
     def export(self, folder: str | Path) -> None:
         """Write the PEFT adapter, or the whole model after full fine-tuning, for plain transformers and peft.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -53,6 +54,7 @@ class Inducer:
         temperature: of the drawing.
         max_new_tokens: longest completion.
         batch_size: requests per call of the model's ``generate``.
+        seed: of the drawing; torch's global generator is left as it was.
 
     Raises:
         ValueError: for ``infill`` without fillers, or an instruction without ``{masked}``.
@@ -68,6 +70,7 @@ class Inducer:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         batch_size: int = 16,
+        seed: int = 0,
     ) -> None:
         if mode == "infill" and not fillers:
             raise ValueError("mode='infill' chooses every filler from a list: expected `fillers`, got none.")
@@ -81,6 +84,7 @@ class Inducer:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.seed = seed
 
     def complete(
         self, backbone: Backbone, model: nn.Module, requests: Sequence[InductionRequest], description: str = "induce"
@@ -99,10 +103,13 @@ class Inducer:
         completions: list[str] = [""] * len(requests)
         # Rows of like length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda row: len(requests[row].masked.response))
-        for start in tqdm(range(0, len(order), self.batch_size), desc=description, unit="batch"):
-            rows = order[start : start + self.batch_size]
-            for row, text in zip(rows, self._complete_batch(backbone, model, [requests[r] for r in rows]), strict=True):
-                completions[row] = text
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            for start in tqdm(range(0, len(order), self.batch_size), desc=description, unit="batch"):
+                rows = order[start : start + self.batch_size]
+                texts = self._complete_batch(backbone, model, [requests[row] for row in rows])
+                for row, text in zip(rows, texts, strict=True):
+                    completions[row] = text
         return completions
 
     def _complete_batch(self, backbone: Backbone, model: nn.Module, requests: Sequence[InductionRequest]) -> list[str]:

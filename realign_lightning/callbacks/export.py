@@ -1,0 +1,85 @@
+"""Adapters in PEFT format beside every checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+
+
+class AdapterExport(pl.Callback):
+    """Writes the adapter for plain transformers and peft beside every checkpoint, and removes it with it.
+
+    For ``epoch=0-step=300.ckpt`` there is a folder ``epoch=0-step=300-adapter`` whatever callback or call saved the
+    checkpoint. Load it with ``PeftModel.from_pretrained(base_model, folder)``. After full fine-tuning the folder is
+    called ``...-model`` and holds the whole model.
+
+    Args:
+        last_copy: also keep a copy of the newest export in ``<log folder>/adapter``, a path that does not change.
+    """
+
+    def __init__(self, last_copy: bool = True) -> None:
+        self.last_copy = last_copy
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Watch everything that the trainer's strategy saves.
+
+        Raises:
+            TypeError: if the module cannot export itself.
+        """
+        if not callable(getattr(pl_module, "export", None)):
+            raise TypeError(
+                f"AdapterExport needs a module with `export(folder)`, got {type(pl_module).__name__}. "
+                "Use RDPOModule, or remove the callback."
+            )
+        if not isinstance(trainer.strategy.checkpoint_io, _ExportingCheckpointIO):
+            trainer.strategy.checkpoint_io = _ExportingCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
+        trainer.strategy.checkpoint_io.module = pl_module
+        trainer.strategy.checkpoint_io.copy_to = None
+        if self.last_copy and trainer.log_dir is not None:
+            trainer.strategy.checkpoint_io.copy_to = Path(trainer.log_dir) / "adapter"
+
+
+def export_folder(checkpoint: str | Path, module: Any) -> Path:
+    """Where the export of a checkpoint lies.
+
+    Args:
+        checkpoint: path of the checkpoint file.
+        module: the module; one without an adapter exports a whole model.
+
+    >>> from types import SimpleNamespace
+    >>> export_folder("runs/epoch=0.ckpt", SimpleNamespace(adapter=object())).as_posix()
+    'runs/epoch=0-adapter'
+    """
+    path = Path(checkpoint)
+    kind = "model" if getattr(module, "adapter", None) is None else "adapter"
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}-{kind}")
+
+
+class _ExportingCheckpointIO(CheckpointIO):
+    """Exports the module whenever the wrapped plugin saves a checkpoint."""
+
+    def __init__(self, wrapped: CheckpointIO, module: Any) -> None:
+        self.wrapped = wrapped
+        self.module = module
+        self.copy_to: Path | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.wrapped.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        folder = export_folder(path, self.module)
+        self.module.export(folder)
+        if self.copy_to is not None:
+            shutil.copytree(folder, self.copy_to, dirs_exist_ok=True)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.wrapped.load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.wrapped.remove_checkpoint(path)
+        shutil.rmtree(export_folder(path, self.module), ignore_errors=True)
+
+    def teardown(self) -> None:
+        self.wrapped.teardown()

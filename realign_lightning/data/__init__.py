@@ -1,0 +1,28 @@
+"""Dual-preference data: the shard contract, writing shards, reading them exactly, and the Lightning data module."""
+
+from __future__ import annotations
+
+from realign_lightning.data.builder import ShardBuilder
+from realign_lightning.data.datamodule import DualPreferenceDataModule, SkipLog
+from realign_lightning.data.scan import ShardError, scan_shard
+from realign_lightning.data.schema import SCHEMA_VERSION, decode_sample, encode_members
+from realign_lightning.data.shards import ShardIndex, ShardInfo, ShardWriter, read_index
+from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDataset
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "DualPreferenceDataModule",
+    "EpochSampler",
+    "SampleIndex",
+    "ShardBuilder",
+    "ShardDataset",
+    "ShardError",
+    "ShardIndex",
+    "ShardInfo",
+    "ShardWriter",
+    "SkipLog",
+    "decode_sample",
+    "encode_members",
+    "read_index",
+    "scan_shard",
+]

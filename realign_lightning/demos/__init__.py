@@ -1,0 +1,7 @@
+"""Digit scenes, the embedded world of the quick start: handwritten digits, and a small policy that misreads them."""
+
+from realign_lightning.demos.policy import POLICY_FOLDER
+from realign_lightning.demos.quickstart import DigitBackbone, DigitCHAIR, DigitPairs, DigitPOPE
+from realign_lightning.demos.scenes import DigitWorld, Scene
+
+__all__ = ["POLICY_FOLDER", "DigitBackbone", "DigitCHAIR", "DigitPOPE", "DigitPairs", "DigitWorld", "Scene"]

@@ -1,0 +1,108 @@
+"""CHAIR as a torchmetrics metric."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+
+from realign_lightning.metrics.functional.chair import (
+    CaptionParser,
+    ChairCounts,
+    ChairNormalizer,
+    _chair_compute,
+    _chair_update,
+)
+from realign_lightning.metrics.lexicon import Lexicon
+
+
+class CHAIR(Metric):
+    """Caption hallucination (Rohrbach et al. 2018, arXiv 1809.02156): which objects of a caption are not in the image?
+
+    ``update`` and ``forward`` take ``preds``, a list of captions, and ``target``, the set of categories in each image
+    (:func:`~realign_lightning.metrics.ground_truth` makes it from annotations). ``compute`` returns a dict of scalars:
+
+    * ``chair_s``: captions with a hallucinated object / captions;
+    * ``chair_i``: hallucinated mentions / mentions, counting every mention, not every object;
+    * ``recall``: distinct objects mentioned and in the image / objects in the image, summed over captions;
+    * ``mean_length``: words per caption, after names of several words are joined, punctuation included. Longer
+      captions hallucinate more, so compare ``chair_s`` at like length.
+
+    Shares are 0 where the denominator is 0.
+
+    Args:
+        normalizer: how words are brought to the form in which they are looked up. ``original`` is the published rule;
+            see :func:`~realign_lightning.metrics.functional.singularize.singularize` for its oddities.
+        synonyms: the names of the objects: a :class:`~realign_lightning.metrics.Lexicon`, the path of a list in the
+            form of the official ``synonyms.txt``, or None for our list of the 80 COCO categories. Published numbers
+            use the official list.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if the normaliser is unknown; by ``update`` if the lengths differ or a target holds what is no
+            category of the lexicon.
+
+    >>> metric = CHAIR(synonyms=Lexicon({"zero": [], "one": [], "seven": []}))
+    >>> metric.update(["A zero and two ones.", "A seven."], [{"zero"}, {"seven", "one"}])
+    >>> {name: round(value.item(), 2) for name, value in metric.compute().items()}
+    {'chair_s': 0.5, 'chair_i': 0.33, 'recall': 0.67, 'mean_length': 4.5}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
+
+    def __init__(
+        self,
+        normalizer: ChairNormalizer = "original",
+        synonyms: Lexicon | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.parser = CaptionParser(synonyms, normalizer)
+        for name in ChairCounts._fields:
+            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Sequence[str], target: Sequence[Collection[str]]) -> None:
+        """Count a batch of captions.
+
+        Args:
+            preds: captions.
+            target: the categories in each image.
+        """
+        for name, count in _chair_update(preds, target, self.parser)._asdict().items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores of all captions so far."""
+        return _chair_compute(*(getattr(self, name) for name in ChairCounts._fields))
+
+    def plot(
+        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot the shares of one result or several; ``mean_length``, which is no share, is left out.
+
+        Args:
+            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
+            ax: a matplotlib axis to draw on.
+
+        Returns:
+            Figure and axis.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        val = self.compute() if val is None else val
+        shares = _without_length(val) if isinstance(val, dict) else [_without_length(result) for result in val]
+        return self._plot(shares, ax)
+
+
+def _without_length(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in result.items() if name != "mean_length"}

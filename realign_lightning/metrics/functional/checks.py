@@ -1,0 +1,46 @@
+"""Checks and arithmetic that the metrics share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_texts(preds: Sequence[str], target: Sequence[Any]) -> None:
+    """Check that ``preds`` is a sequence of texts with one target each.
+
+    Args:
+        preds: generated texts.
+        target: what each is compared with.
+
+    Raises:
+        ValueError: if either is a single text, ``preds`` holds something else than texts, or their lengths differ.
+    """
+    for name, value in (("preds", preds), ("target", target)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"Expected `{name}` to be a list with one entry per example, got {type(value).__name__}.")
+    for index, text in enumerate(preds):
+        if not isinstance(text, str):
+            raise ValueError(f"Expected `preds` to hold texts, got {type(text).__name__} at index {index}.")
+    if len(preds) != len(target):
+        raise ValueError(f"Expected `preds` and `target` of the same length, got {len(preds)} and {len(target)}.")
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient of two counts; 0 where the denominator is 0.
+
+    Args:
+        numerator: integer count.
+        denominator: integer count.
+
+    Returns:
+        A float64 scalar (float32 on devices without float64) on the device of the counts.
+
+    >>> ratio(torch.tensor(1), torch.tensor(3)), ratio(torch.tensor(0), torch.tensor(0))
+    (tensor(0.3333, dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    dtype = torch.float32 if denominator.device.type == "mps" else torch.float64
+    return numerator.to(dtype) / denominator.clamp(min=1).to(dtype)
