@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 COMMANDS = {"teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing")}
 """Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help."""
@@ -40,9 +39,10 @@ class RealignCLI(LightningCLI):
         changed = [name for name in sorted(given.keys() | used.keys()) if given.get(name) != used.get(name)]
         if changed:
             listed = "; ".join(f"model.{name}: {given.get(name)!r} becomes {used.get(name)!r}" for name in changed)
-            rank_zero_warn(
+            warnings.warn(
                 f"The checkpoint's settings replace what was given ({listed}). To train with other settings, start a "
-                "new run instead of resuming one."
+                "new run instead of resuming one.",
+                stacklevel=2,
             )
 
     def _model_settings(self) -> dict[str, Any]:

@@ -140,9 +140,9 @@ class Lexicon:
     def coco(cls) -> Lexicon:
         """Our own list of names for the 80 categories of COCO, with the reference's rules for COCO captions.
 
-        The names are our own choice, made by someone who knew the official list. Words that mean something else as often (crane, cook, basketball) and people whom
-        captions mention without seeing them (visitor, customer) were left out after a comparison on the captions below,
-        so expect a somewhat larger distance on others.
+        The names are our own choice, made by someone who knew the official list. Words that mean something else as
+        often (crane, cook, basketball) and people whom captions mention without seeing them (visitor, customer) were
+        left out after a comparison on the captions below, so expect a somewhat larger distance on others.
 
         Distance from the official list, with the ``original`` normaliser, 500 released captions per model, and ground
         truth made with the official list, in points (ours / official):

@@ -94,6 +94,7 @@ class RDPOModule(pl.LightningModule):
         """Keep plain hyperparameters: the command line's own, or the same form for a module made in Python."""
         self.save_hyperparameters(ignore=["backbone", "loss", "adapter", "optimizer", "lr_scheduler"])
         if "_instantiator" in self.hparams:
+            self.save_hyperparameters()
             return
         described = {
             "backbone": component_spec(self.backbone, "backbone"),
@@ -130,7 +131,8 @@ class RDPOModule(pl.LightningModule):
             model = self.adapter.apply(self.backbone, model)
         elif not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("Nothing to train: every weight is frozen. Set `adapter` (a 4-bit model needs one).")
-        self._policy = model
+        # Models come from disk in eval mode, and the Trainer leaves them in the mode that they are in.
+        self._policy = model.train(self.training)
 
     @property
     def image_path_is_frozen(self) -> bool:
@@ -185,10 +187,6 @@ class RDPOModule(pl.LightningModule):
     @staticmethod
     def _mean(values: Tensor, weights: Tensor) -> Tensor:
         return (values * weights).sum() / weights.sum().clamp(min=1)
-
-    def on_fit_start(self) -> None:
-        """Put the policy into training mode: models come from disk in eval mode and the Trainer leaves it at that."""
-        self.policy.train()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what is trainable, and the schedule over the run's estimated steps."""

@@ -1,9 +1,9 @@
 """English plural to singular, as CHAIR's original pipeline sees it.
 
-CHAIR was published with the singulariser of ``pattern.en``, which cannot be installed beside current Python. These
-are our own rules: a description, in endings and word lists, of what that singulariser (clips/pattern, BSD-3) answers,
-checked against 530 of its answers. They are deliberately not better English: CHAIR's numbers depend on its mistakes ("bus" becomes "bu", so a
-bus is never counted, although "buses" is).
+CHAIR was published with the singulariser of ``pattern.en``, which cannot be installed beside current Python. These are
+our own rules: a description, in endings and word lists, of what that singulariser (clips/pattern, BSD-3) answers,
+checked against 530 of its answers. They are deliberately not better English: CHAIR's numbers depend on its mistakes
+("bus" becomes "bu", so a bus is never counted, although "buses" is).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _NOUNS_IN_IE = """
 """
 _PLURALS_IN_IES = tuple(noun + "s" for noun in _NOUNS_IN_IE.split())
 
-# Plurals that no ending explains. They also end compounds: firemen, grandchildren. "our" is listed as the plural of "my", with strange results for other words.
+# Plurals that no ending explains. They also end compounds: firemen, grandchildren. "our" is listed as the plural of
+# "my", with strange results for other words.
 _IRREGULAR = {
     "axes": "axe",
     "beeves": "beef",

@@ -1,0 +1,314 @@
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from realign_lightning.backbones import AutoBackbone
+from realign_lightning.cli import main
+from realign_lightning.data import ShardDataset, ShardWriter
+from realign_lightning.demos import POLICY_FOLDER
+from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, question
+from realign_lightning.losses import RDPOLoss
+from realign_lightning.modules import RDPOModule
+from tests.conftest import picture, preference_samples
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# Keeps the digits' quick start small; everything else is as the recipe has it.
+SMALL_DIGITS = [
+    *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"),
+    *("--data.batch_size", "8", "--data.builder.init_args.scenes", "12", "--data.builder.init_args.val_scenes", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "shards"
+    with ShardWriter(folder) as writer:
+        for sample in preference_samples(4):
+            writer.write(sample)
+    return str(folder)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """Commands run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny(recipe: Path, shards: str, tiny_llava: Path) -> list[str]:
+    """What makes a recipe run here: a tiny checkpoint of the same family in place of its own, a CPU, few steps."""
+    if recipe.name == "digits.yaml":
+        return SMALL_DIGITS
+    return [
+        *("--model.backbone.init_args.path", str(tiny_llava), "--model.backbone.init_args.dtype", "float32"),
+        *("--data.train", shards, "--data.val", shards, "--data.num_workers", "0"),
+        *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_steps", "2"),
+        *("--trainer.accumulate_grad_batches", "1", "--trainer.default_root_dir", "run"),
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs(recipe, shards, tiny_llava, inside):
+    cli = main(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
+    assert cli.trainer.global_step in (2, 4)
+    assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
+    trained = [p for p in cli.model.policy.parameters() if p.requires_grad]
+    assert any(p.grad is None or (p.grad != 0).any() for p in trained)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_introduces_itself_with_a_command_that_names_it(recipe):
+    header = re.match(r"(#[^\n]*\n)+", recipe.read_text()).group()
+    assert f"realign-lightning fit --config {recipe.relative_to(ROOT)}" in header
+    assert len(header.splitlines()) >= 6
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_piece_is_used_by_a_recipe_or_stands_for_its_backbone(config, inside, capsys):
+    used = any(f"../{config.relative_to(ROOT)}" in recipe.read_text() for recipe in RECIPES)
+    if not used:
+        assert config.parent.name == "backbones"
+    content = yaml.safe_load(config.read_text())
+    if config.parent.name == "backbones":
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "fit",
+                    "--config",
+                    str(ROOT / "recipes" / "llava7b_lora.yaml"),
+                    "--model.backbone",
+                    str(config),
+                    "--print_config",
+                ]
+            )
+        assert stop.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["model"]["backbone"] == content, "a backbone file names every argument"
+
+
+class TestQuickStart:
+    """The README's first command, reduced in scenes and steps."""
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        before = Path.cwd()
+        os.chdir(tmp_path_factory.mktemp("quick"))
+        try:
+            cli = main(["fit", "--config", str(ROOT / "recipes" / "digits.yaml"), *SMALL_DIGITS])
+            yield cli, Path.cwd() / "runs" / "digits"
+        finally:
+            os.chdir(before)
+
+    def test_leaves_everything_under_one_folder(self, run):
+        _, folder = run
+        log = folder / "version_0"
+        for name in ("shards/train/index.json", "shards/val/index.json", "shards/pairs.png"):
+            assert (folder / name).is_file()
+        for name in ("config.yaml", "evaluation.json", "evaluation.md", "adapter/adapter_config.json"):
+            assert (log / name).is_file()
+        assert list(log.glob("events.out.tfevents*"))
+        assert [path.name for path in sorted((log / "checkpoints").iterdir())] == ["step=4-adapter", "step=4.ckpt"]
+        with Image.open(folder / "shards/pairs.png") as drawn:
+            assert drawn.width > 400
+
+    def test_table_has_every_score_for_base_control_and_rdpo(self, run):
+        results = json.loads((run[1] / "version_0" / "evaluation.json").read_text())
+        assert list(results) == ["base", "SFT", "rDPO"]
+        kinds = ("random", "popular", "adversarial")
+        expected = {f"POPE {kind}: {name}" for kind in kinds for name in ("accuracy", "F1", "yes ratio")}
+        expected |= {"CHAIRs", "CHAIRi", "CHAIR recall", "exact captions", "caption length in words"}
+        for scores in results.values():
+            assert set(scores) == expected
+        assert results["base"] != results["rDPO"] != results["SFT"]
+
+    def test_pairs_are_what_the_paper_asks_for(self, run):
+        cli, folder = run
+        dataset = ShardDataset(str(folder / "shards" / "train"), cli.model.backbone)
+        assert 8 <= len(dataset) <= 24
+        prompts = set()
+        for index in range(len(dataset)):
+            pair = dataset.decode(index)
+            prompts.add(pair.prompt == DESCRIBE)
+            assert pair.provenance["retrieved_id"] != pair.provenance["image_id"]
+            assert pair.provenance["response_similarity"] < 0.95
+            if pair.prompt == DESCRIBE:
+                pattern = re.escape(pair.provenance["masked"]).replace(re.escape("[MASK]"), "[a-z]+")
+                assert re.fullmatch(pattern, pair.chosen)
+                assert re.fullmatch(pattern, pair.rejected), "only the masked words differ"
+        assert prompts == {True, False}
+
+    def test_checkpoint_rebuilds_the_module(self, run):
+        cli, folder = run
+        loaded = RDPOModule.load_from_checkpoint(folder / "version_0" / "checkpoints" / "step=4.ckpt")
+        assert isinstance(loaded.loss, RDPOLoss)
+        assert loaded.loss.sft_weight == cli.model.loss.sft_weight == 1.0
+        images = [scene.image for scene in DigitWorld("test", 0.0, seed=5).scenes(3)]
+        assert loaded.generate([DESCRIBE] * 3, images) == cli.model.generate([DESCRIBE] * 3, images)
+
+    def test_adapter_answers_alike_in_plain_transformers_and_peft(self, run):
+        cli, folder = run
+        base = AutoModelForImageTextToText.from_pretrained(POLICY_FOLDER)
+        plain = PeftModel.from_pretrained(base, folder / "version_0" / "adapter").eval()
+        processor = AutoProcessor.from_pretrained(POLICY_FOLDER)
+        scenes = DigitWorld("validation", 0.9, seed=50_000).scenes(4)
+        prompts = [DESCRIBE, question("two"), DESCRIBE, question("seven")]
+        ours = cli.model.generate(prompts, [scene.image for scene in scenes], max_new_tokens=48)
+        for prompt, scene, answer in zip(prompts, scenes, ours, strict=True):
+            inputs = processor.apply_chat_template(
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": prompt}],
+                    }
+                ],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            ids = plain.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert processor.decode(ids, skip_special_tokens=True).strip() == answer
+
+    def test_second_run_uses_the_shards_again_and_other_settings_do_not(self, run, monkeypatch, capsys):
+        _, folder = run
+        monkeypatch.chdir(folder.parent.parent)
+        tars = {path: path.stat().st_mtime_ns for path in folder.rglob("*.tar")}
+        recipe = [
+            "fit",
+            "--config",
+            str(ROOT / "recipes" / "digits.yaml"),
+            *SMALL_DIGITS,
+            "--trainer.callbacks",
+            "null",
+        ]
+        main([*recipe, "--trainer.max_steps", "1"])
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.tar")} == tars
+        main([*recipe, "--trainer.max_steps", "1", "--data.builder.init_args.tau", "0.9"])
+        assert all(path.stat().st_mtime_ns != before for path, before in tars.items())
+
+    def test_resumed_run_says_which_settings_the_checkpoint_overrides(self, run, monkeypatch):
+        _, folder = run
+        monkeypatch.chdir(folder.parent.parent)
+        recipe = [
+            "fit",
+            "--config",
+            str(ROOT / "recipes" / "digits.yaml"),
+            *SMALL_DIGITS,
+            "--trainer.callbacks",
+            "null",
+        ]
+        resume = [*recipe, "--trainer.max_steps", "5", "--ckpt_path", str(folder / "version_0/checkpoints/step=4.ckpt")]
+        with pytest.warns(UserWarning, match=r"model.loss.init_args.beta: 0.7 becomes 0.1"):
+            assert main([*resume, "--model.loss.init_args.beta", "0.7"]).trainer.global_step == 5
+
+
+def fit_args(recipe_args: list[str], *more: str) -> list[str]:
+    return ["fit", "--config", str(ROOT / "recipes" / "llava7b_lora.yaml"), *recipe_args, *more]
+
+
+class TestBadInput:
+    @pytest.fixture
+    def args(self, shards, tiny_llava, inside):
+        return tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava)
+
+    def test_unknown_key(self, args, inside, capsys):
+        (inside / "mistake.yaml").write_text("model:\n  los:\n    class_path: realign_lightning.losses.RDPOLoss\n")
+        with pytest.raises(SystemExit) as stop:
+            main(fit_args(args, "--config", "mistake.yaml"))
+        assert stop.value.code == 2
+        assert "los" in capsys.readouterr().err
+
+    def test_wrong_backbone_path(self, args):
+        with pytest.raises(OSError, match="no/such/model"):
+            main(fit_args(args, "--model.backbone.init_args.path", "no/such/model"))
+
+    def test_missing_shards(self, args):
+        with pytest.raises(ValueError, match="nowhere"):
+            main(fit_args(args, "--data.train", "nowhere"))
+
+    def test_resume_with_another_adapter_or_backbone(self, args, inside):
+        main(fit_args(args))
+        (checkpoint,) = inside.rglob("*.ckpt")
+        state = torch.load(checkpoint, weights_only=True)
+        state["state_dict"] = {name.replace("q_proj", "z_proj"): value for name, value in state["state_dict"].items()}
+        torch.save(state, "other.ckpt")
+        with pytest.raises(ValueError, match="another backbone or adapter"):
+            main(fit_args(args, "--ckpt_path", "other.ckpt"))
+
+
+def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, tiny_llava, inside, caplog):
+    """One image token in a text among 8 samples: 12.5 % is allowed here, and 8 - 1 are trained on."""
+    with ShardWriter("mixed") as writer:
+        for sample in preference_samples(8):
+            bad = {"chosen": "a <image> cat"} if sample.key == "sample3" else {}
+            writer.write(type(sample)(**{**vars(sample), **bad}))
+    args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", "mixed", tiny_llava)
+    seen = []
+
+    class Watched(RDPOModule):
+        def training_step(self, batch, batch_idx):
+            seen.extend(key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight)
+            return super().training_step(batch, batch_idx)
+
+    from realign_lightning import modules
+
+    original, modules.RDPOModule = modules.RDPOModule, Watched
+    try:
+        cli = main(fit_args(args, "--trainer.max_steps", "-1", "--data.max_bad_fraction", "0.2", "--data.val", "null"))
+    finally:
+        modules.RDPOModule = original
+    assert sorted(seen) == [f"sample{number}" for number in range(8) if number != 3]
+    (skip,) = cli.datamodule.skipped["train"]
+    assert (skip.shard, skip.key) == ("shard-000000.tar", "sample3")
+    assert "image token" in skip.reason
+    assert "sample3" in caplog.text
+    assert "shard-000000.tar" in caplog.text
+
+
+def test_help_is_readable_and_lists_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "realign_lightning", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("fit", "validate", "teach-digits", "recipes/digits.yaml"):
+        assert word in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not done.stderr.strip(), done.stderr
+
+
+def test_commands_beside_the_trainers_run(inside, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["teach-digits", "--help"])
+    assert stop.value.code == 0
+    assert "--output" in capsys.readouterr().out
+
+
+def test_validate_runs_a_checkpoint(shards, tiny_llava, inside):
+    args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava)
+    trained = main(fit_args(args))
+    (checkpoint,) = inside.rglob("*.ckpt")
+    recipe = str(ROOT / "recipes" / "llava7b_lora.yaml")
+    again = main(["validate", "--config", recipe, *args, "--ckpt_path", str(checkpoint)])
+    assert again.trainer.callback_metrics["val/loss"] < 2 * math.log(2)
+    assert trained.model.generate(["a"], [picture(0)]) == again.model.generate(["a"], [picture(0)])
+
+
+def test_quantised_recipe_is_quantised(shards, tiny_llava, inside):
+    recipe = ROOT / "recipes" / "llava13b_qlora.yaml"
+    cli = main(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
+    assert isinstance(cli.model.backbone, AutoBackbone)
+    kinds = {type(module).__name__ for name, module in cli.model.policy.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"Linear4bit"}
