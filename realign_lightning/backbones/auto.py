@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ from realign_lightning.types import (
 )
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _RenderedPrompt(NamedTuple):
+    """A prompt as chat messages, and as the chat template writes it up to where the answer begins."""
+
+    messages: Sequence[Message]
+    text: str
 
 
 class AutoBackbone(Backbone):
@@ -117,9 +124,12 @@ class AutoBackbone(Backbone):
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response: what the chat template closes a turn with, and end-of-sequence."""
-        _, response = self._render("a", "a")
-        last = self._ids(response)[-1]
+        last = self._ids(self._render_response(self._render_prompt("a"), "a"))[-1]
         return tuple(dict.fromkeys((last, self._token_id(self.tokenizer.eos_token))))
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        return list(self.tokenizer.all_special_tokens)
 
     @cached_property
     def _image_token_id(self) -> int:
@@ -136,13 +146,18 @@ class AutoBackbone(Backbone):
         Raises:
             SampleError: when a text contains the image token, or the prompt leaves no room for a response.
         """
-        prompt, image = self._encode_prompt(sample.prompt, [sample.image])
-        visual_prompt, retrieved = self._encode_prompt(sample.prompt, [sample.retrieved])
+        prompt = self._render_prompt(sample.prompt)
+        prompt_ids = self._ids(prompt.text)
+        chosen, rejected = (
+            self._response_ids(prompt, prompt_ids, response) for response in (sample.chosen, sample.rejected)
+        )
+        tokens, image = self._encode_prompt(prompt, [sample.image])
+        visual_tokens, retrieved = self._encode_prompt(prompt, [sample.retrieved])
         return EncodedSample(
             key=sample.key,
-            chosen=self._with_response(prompt, sample.prompt, sample.chosen),
-            rejected=self._with_response(prompt, sample.prompt, sample.rejected),
-            visual=self._with_response(visual_prompt, sample.prompt, sample.chosen),
+            chosen=self._with_response(tokens, chosen),
+            rejected=self._with_response(tokens, rejected),
+            visual=self._with_response(visual_tokens, chosen),
             image=image,
             retrieved=retrieved,
         )
@@ -165,38 +180,44 @@ class AutoBackbone(Backbone):
             first["content"] = [{"type": "image"}, *first["content"]]
         return messages
 
-    def _render(self, prompt: Prompt, response: str | None = None) -> tuple[str, str]:
-        """Chat text up to the answer, and the answer's own text with its end-of-turn token ("" without a response)."""
+    def _render_prompt(self, prompt: Prompt) -> _RenderedPrompt:
         messages = self._messages(prompt)
-        before: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        if response is None:
-            return before, ""
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return _RenderedPrompt(messages, text)
+
+    def _render_response(self, prompt: _RenderedPrompt, response: str) -> str:
+        """What the chat template appends for the answer, with its end-of-turn token."""
         answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
-        whole: str = self.processor.apply_chat_template([*messages, answer], tokenize=False)
-        if not whole.startswith(before) or response.strip() not in whole[len(before) :]:
+        whole: str = self.processor.apply_chat_template([*prompt.messages, answer], tokenize=False)
+        if not whole.startswith(prompt.text) or response.strip() not in whole[len(prompt.text) :]:
             raise ValueError(
                 f"The chat template of {self.path!r} does not append the assistant's turn to the generation prompt, so "
-                f"that the response cannot be told from the prompt: {before!r} against {whole!r}. Pass `chat_template`."
+                f"that the response cannot be told from the prompt: {prompt.text!r} against {whole!r}. "
+                "Pass `chat_template`."
             )
-        after = whole[len(before) :].rstrip()
-        if not any(after.endswith(token) for token in self.tokenizer.all_special_tokens):
+        after = whole[len(prompt.text) :].rstrip()
+        if not any(after.endswith(token) for token in self._special_tokens):
             after += str(self.tokenizer.eos_token)
-        return before, after
+        return after
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of rendered chat text; templates that write the start token themselves get no second one."""
+        return list(self.tokenizer(text, add_special_tokens=self._takes_start_token(text))["input_ids"])
+
+    def _takes_start_token(self, text: str) -> bool:
         start = self.tokenizer.bos_token
-        with_start = not (start is not None and text.startswith(str(start)))
-        return list(self.tokenizer(text, add_special_tokens=with_start)["input_ids"])
+        return start is None or not text.startswith(str(start))
 
     def _encode_prompt(
-        self, prompt: Prompt, images: Sequence[Image.Image]
+        self, prompt: _RenderedPrompt, images: Sequence[Image.Image]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
-        before, _ = self._render(prompt)
-        start = self.tokenizer.bos_token
-        with_start = not (start is not None and before.startswith(str(start)))
-        encoded = self.processor(text=[before], images=list(images), add_special_tokens=with_start, return_tensors="pt")
+        encoded = self.processor(
+            text=[prompt.text],
+            images=list(images),
+            add_special_tokens=self._takes_start_token(prompt.text),
+            return_tensors="pt",
+        )
         length = encoded["input_ids"].shape[1]
         tokens, image_inputs = {}, {}
         for name, value in encoded.items():
@@ -217,13 +238,14 @@ class AutoBackbone(Backbone):
         Raises:
             SampleError: when the response contains the image token.
         """
-        ids = self._response_ids(prompt, response)
+        rendered = self._render_prompt(prompt)
+        ids = self._response_ids(rendered, self._ids(rendered.text), response)
         return ids[:-1] if ids[-1] in self.end_token_ids else ids
 
-    def _response_ids(self, prompt: Prompt, response: str) -> list[int]:
+    def _response_ids(self, prompt: _RenderedPrompt, prompt_ids: Sequence[int], response: str) -> list[int]:
         """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
-        before, after = self._render(prompt, response)
-        prompt_ids, whole_ids = self._ids(before), self._ids(before + after)
+        after = self._render_response(prompt, response)
+        whole_ids = self._ids(prompt.text + after)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             ids = whole_ids[len(prompt_ids) :]
         else:
@@ -233,8 +255,7 @@ class AutoBackbone(Backbone):
             raise SampleError(f"the response contains the image token {self.processor.image_token!r} as text")
         return ids
 
-    def _with_response(self, prompt_tokens: Mapping[str, Tensor], prompt: Prompt, response: str) -> EncodedView:
-        ids = self._response_ids(prompt, response)
+    def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int]) -> EncodedView:
         before = len(prompt_tokens["input_ids"])
         room = len(ids) if self.max_length is None else min(len(ids), self.max_length - before)
         if room < 1:
@@ -291,7 +312,10 @@ class AutoBackbone(Backbone):
         """
         if len(prompts) != len(images) or not prompts:
             raise ValueError(f"Expected one image per prompt, got {len(prompts)} prompts and {len(images)} images.")
-        encoded = [self._encode_prompt(prompt, [image]) for prompt, image in zip(prompts, images, strict=True)]
+        encoded = [
+            self._encode_prompt(self._render_prompt(prompt), [image])
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
         rows = [tokens for tokens, _ in encoded]
         length = max(len(row["input_ids"]) for row in rows)
         inputs = {name: self._pad([row[name] for row in rows], length, name, left=True) for name in rows[0]}

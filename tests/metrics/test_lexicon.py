@@ -18,9 +18,6 @@ def test_our_list_has_the_categories_of_coco() -> None:
     assert len(categories) == 80
     images = _oracles.committed("public_chair.json")["images"].values()
     assert {name for image in images for name in image["instances"]} <= set(categories)
-    path = _oracles.shared_path("synonyms.txt")
-    if path is not None:
-        assert set(categories) == set(Lexicon.from_file(path).categories)
 
 
 def test_our_list_has_no_name_that_its_spelling_hides() -> None:

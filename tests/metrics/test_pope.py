@@ -69,17 +69,6 @@ def test_zero_where_the_reference_divides_by_zero() -> None:
     assert scores["accuracy"].item() == pytest.approx(24 / 91)
 
 
-def test_official_question_sets_agree_with_the_reference() -> None:
-    oracle = _oracles.shared("public_pope.json")
-    if oracle is None:
-        return  # not for committing; the tricky answers cover the rule
-    for question_set in oracle["question_sets"].values():
-        answers = [row["answer"] for row in question_set["rows"]]
-        expected = question_set["expected"]["pope_official"]
-        assert [official_verdict(answer).name.lower() for answer in answers] == expected["pred"]
-        assert_agrees(pope(answers, [row["label"] for row in question_set["rows"]]), expected)
-
-
 def test_unparsed_counts_answers_without_the_word_yes_or_no() -> None:
     """Two of four hold neither word: "I do not know." and "". "NO!" and "Yes" do, in any case."""
     assert pope(["NO!", "Yes", "I do not know.", ""], ["no", "yes", "no", "no"])["unparsed"].item() == 0.5

@@ -1,5 +1,4 @@
 import re
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -25,21 +24,6 @@ def test_draws_are_those_of_the_official_sampler(case: str, kind: str) -> None:
     questions = pope_questions(objects, kind, seed=int(seed), per_image=int(per_image))
     expected = [asked(question) for question in TINY["expected_by_seed"][case][kind]]
     assert [question for of_image in questions for question in of_image] == expected
-
-
-def test_published_popular_negatives_are_as_popular_as_ours() -> None:
-    """The published set broke ties in its own way, so the counts must agree, not the names."""
-    oracle = _oracles.shared("public_pope_coco500_popular.json")
-    if oracle is None:
-        return  # not for committing; the tiny images cover the sampler
-    objects = [image["objects"] for image in oracle["images"]]
-    images = Counter(name for of_image in objects for name in of_image)
-    ours = [question for of_image in pope_questions(objects, "popular") for question in of_image]
-    published = [(row["object"], row["label"]) for row in oracle["published"]]
-    assert len(ours) == len(published) == 3000
-    assert [images[name] for name, _ in ours] == [images[name] for name, _ in published]
-    assert [question for question in ours if question[1] == "yes"] == [row for row in published if row[1] == "yes"]
-    assert sum(mine != theirs for mine, theirs in zip(ours, published, strict=True)) <= 6
 
 
 DIGITS = [
