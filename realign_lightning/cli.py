@@ -74,7 +74,12 @@ def _configure_output() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
-def main(args: Sequence[str] | None = None) -> RealignCLI | None:
+def main() -> None:
+    """What the script ``realign-lightning`` runs: :func:`run` on the command line."""
+    run()
+
+
+def run(args: Sequence[str] | None = None) -> RealignCLI | None:
     """Run a command.
 
     Args:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from realign_lightning.backbones import AutoBackbone
-from realign_lightning.cli import main
+from realign_lightning.cli import run
 from realign_lightning.data import ShardDataset, ShardWriter
 from realign_lightning.demos import POLICY_FOLDER
 from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, question
@@ -63,7 +63,7 @@ def tiny(recipe: Path, shards: str, tiny_llava: Path) -> list[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs(recipe, shards, tiny_llava, inside):
-    cli = main(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
+    cli = run(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
     assert cli.trainer.global_step in (2, 4)
     assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
     trained = [p for p in cli.model.policy.parameters() if p.requires_grad]
@@ -85,7 +85,7 @@ def test_every_piece_is_used_by_a_recipe_or_stands_for_its_backbone(config, insi
     content = yaml.safe_load(config.read_text())
     if config.parent.name == "backbones":
         with pytest.raises(SystemExit) as stop:
-            main(
+            run(
                 [
                     "fit",
                     "--config",
@@ -108,7 +108,7 @@ class TestQuickStart:
         before = Path.cwd()
         os.chdir(tmp_path_factory.mktemp("quick"))
         try:
-            cli = main(["fit", "--config", str(ROOT / "recipes" / "digits.yaml"), *SMALL_DIGITS])
+            cli = run(["fit", "--config", str(ROOT / "recipes" / "digits.yaml"), *SMALL_DIGITS])
             yield cli, Path.cwd() / "runs" / "digits"
         finally:
             os.chdir(before)
@@ -195,9 +195,9 @@ class TestQuickStart:
             "--trainer.callbacks",
             "null",
         ]
-        main([*recipe, "--trainer.max_steps", "1"])
+        run([*recipe, "--trainer.max_steps", "1"])
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.tar")} == tars
-        main([*recipe, "--trainer.max_steps", "1", "--data.builder.init_args.tau", "0.9"])
+        run([*recipe, "--trainer.max_steps", "1", "--data.builder.init_args.tau", "0.9"])
         assert all(path.stat().st_mtime_ns != before for path, before in tars.items())
 
     def test_resumed_run_says_which_settings_the_checkpoint_overrides(self, run, monkeypatch):
@@ -213,7 +213,7 @@ class TestQuickStart:
         ]
         resume = [*recipe, "--trainer.max_steps", "5", "--ckpt_path", str(folder / "version_0/checkpoints/step=4.ckpt")]
         with pytest.warns(UserWarning, match=r"model.loss.init_args.beta: 0.7 becomes 0.1"):
-            assert main([*resume, "--model.loss.init_args.beta", "0.7"]).trainer.global_step == 5
+            assert run([*resume, "--model.loss.init_args.beta", "0.7"]).trainer.global_step == 5
 
 
 def fit_args(recipe_args: list[str], *more: str) -> list[str]:
@@ -228,26 +228,26 @@ class TestBadInput:
     def test_unknown_key(self, args, inside, capsys):
         (inside / "mistake.yaml").write_text("model:\n  los:\n    class_path: realign_lightning.losses.RDPOLoss\n")
         with pytest.raises(SystemExit) as stop:
-            main(fit_args(args, "--config", "mistake.yaml"))
+            run(fit_args(args, "--config", "mistake.yaml"))
         assert stop.value.code == 2
         assert "los" in capsys.readouterr().err
 
     def test_wrong_backbone_path(self, args):
         with pytest.raises(OSError, match="no/such/model"):
-            main(fit_args(args, "--model.backbone.init_args.path", "no/such/model"))
+            run(fit_args(args, "--model.backbone.init_args.path", "no/such/model"))
 
     def test_missing_shards(self, args):
         with pytest.raises(ValueError, match="nowhere"):
-            main(fit_args(args, "--data.train", "nowhere"))
+            run(fit_args(args, "--data.train", "nowhere"))
 
     def test_resume_with_another_adapter_or_backbone(self, args, inside):
-        main(fit_args(args))
+        run(fit_args(args))
         (checkpoint,) = inside.rglob("*.ckpt")
         state = torch.load(checkpoint, weights_only=True)
         state["state_dict"] = {name.replace("q_proj", "z_proj"): value for name, value in state["state_dict"].items()}
         torch.save(state, "other.ckpt")
         with pytest.raises(ValueError, match="another backbone or adapter"):
-            main(fit_args(args, "--ckpt_path", "other.ckpt"))
+            run(fit_args(args, "--ckpt_path", "other.ckpt"))
 
 
 def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, tiny_llava, inside, caplog):
@@ -268,7 +268,7 @@ def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, ti
 
     original, modules.RDPOModule = modules.RDPOModule, Watched
     try:
-        cli = main(fit_args(args, "--trainer.max_steps", "-1", "--data.max_bad_fraction", "0.2", "--data.val", "null"))
+        cli = run(fit_args(args, "--trainer.max_steps", "-1", "--data.max_bad_fraction", "0.2", "--data.val", "null"))
     finally:
         modules.RDPOModule = original
     assert sorted(seen) == [f"sample{number}" for number in range(8) if number != 3]
@@ -291,24 +291,24 @@ def test_help_is_readable_and_lists_every_command():
 
 def test_commands_beside_the_trainers_run(inside, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["teach-digits", "--help"])
+        run(["teach-digits", "--help"])
     assert stop.value.code == 0
     assert "--output" in capsys.readouterr().out
 
 
 def test_validate_runs_a_checkpoint(shards, tiny_llava, inside):
     args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava)
-    trained = main(fit_args(args))
+    trained = run(fit_args(args))
     (checkpoint,) = inside.rglob("*.ckpt")
     recipe = str(ROOT / "recipes" / "llava7b_lora.yaml")
-    again = main(["validate", "--config", recipe, *args, "--ckpt_path", str(checkpoint)])
+    again = run(["validate", "--config", recipe, *args, "--ckpt_path", str(checkpoint)])
     assert again.trainer.callback_metrics["val/loss"] < 2 * math.log(2)
     assert trained.model.generate(["a"], [picture(0)]) == again.model.generate(["a"], [picture(0)])
 
 
 def test_quantised_recipe_is_quantised(shards, tiny_llava, inside):
     recipe = ROOT / "recipes" / "llava13b_qlora.yaml"
-    cli = main(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
+    cli = run(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
     assert isinstance(cli.model.backbone, AutoBackbone)
     kinds = {type(module).__name__ for name, module in cli.model.policy.named_modules() if name.endswith("base_layer")}
     assert kinds == {"Linear4bit"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
 
@@ -124,7 +124,8 @@ class AutoBackbone(Backbone):
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response: what the chat template closes a turn with, and end-of-sequence."""
-        last = self._ids(self._render_response(self._render_prompt("a"), "a"))[-1]
+        (ending,) = self._render_responses(self._render_prompt("a"), ["a"])
+        last = self._ids([ending])[0][-1]
         return tuple(dict.fromkeys((last, self._token_id(self.tokenizer.eos_token))))
 
     @cached_property
@@ -147,10 +148,7 @@ class AutoBackbone(Backbone):
             SampleError: when a text contains the image token, or the prompt leaves no room for a response.
         """
         prompt = self._render_prompt(sample.prompt)
-        prompt_ids = self._ids(prompt.text)
-        chosen, rejected = (
-            self._response_ids(prompt, prompt_ids, response) for response in (sample.chosen, sample.rejected)
-        )
+        chosen, rejected = self._response_ids(prompt, [sample.chosen, sample.rejected])
         tokens, image = self._encode_prompt(prompt, [sample.image])
         visual_tokens, retrieved = self._encode_prompt(prompt, [sample.retrieved])
         return EncodedSample(
@@ -185,10 +183,14 @@ class AutoBackbone(Backbone):
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return _RenderedPrompt(messages, text)
 
-    def _render_response(self, prompt: _RenderedPrompt, response: str) -> str:
-        """What the chat template appends for the answer, with its end-of-turn token."""
-        answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
-        whole: str = self.processor.apply_chat_template([*prompt.messages, answer], tokenize=False)
+    def _render_responses(self, prompt: _RenderedPrompt, responses: Sequence[str]) -> list[str]:
+        """What the chat template appends for each answer, with its end-of-turn token."""
+        answers = [{"role": "assistant", "content": [{"type": "text", "text": response}]} for response in responses]
+        chats = [[*prompt.messages, answer] for answer in answers]
+        rendered: list[str] = self.processor.apply_chat_template(chats, tokenize=False)
+        return [self._ending(prompt, *pair) for pair in zip(responses, rendered, strict=True)]
+
+    def _ending(self, prompt: _RenderedPrompt, response: str, whole: str) -> str:
         if not whole.startswith(prompt.text) or response.strip() not in whole[len(prompt.text) :]:
             raise ValueError(
                 f"The chat template of {self.path!r} does not append the assistant's turn to the generation prompt, so "
@@ -200,9 +202,10 @@ class AutoBackbone(Backbone):
             after += str(self.tokenizer.eos_token)
         return after
 
-    def _ids(self, text: str) -> list[int]:
-        """Token ids of rendered chat text; templates that write the start token themselves get no second one."""
-        return list(self.tokenizer(text, add_special_tokens=self._takes_start_token(text))["input_ids"])
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered chats; templates that write the start token themselves get no second one."""
+        rows = self.tokenizer(list(texts), add_special_tokens=self._takes_start_token(texts[0]))["input_ids"]
+        return [list(row) for row in rows]
 
     def _takes_start_token(self, text: str) -> bool:
         start = self.tokenizer.bos_token
@@ -232,28 +235,34 @@ class AutoBackbone(Backbone):
         tokens.pop("attention_mask", None)
         return tokens, image_inputs
 
-    def tokenize_response(self, prompt: Prompt, response: str) -> list[int]:
-        """Token ids of ``response`` as they follow ``prompt``, without the end-of-turn token.
+    def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
+        """A function from responses to their token ids as they follow ``prompt``, without the end-of-turn token.
 
-        Raises:
-            SampleError: when the response contains the image token.
+        It raises SampleError for a response that contains the image token.
         """
         rendered = self._render_prompt(prompt)
-        ids = self._response_ids(rendered, self._ids(rendered.text), response)
-        return ids[:-1] if ids[-1] in self.end_token_ids else ids
 
-    def _response_ids(self, prompt: _RenderedPrompt, prompt_ids: Sequence[int], response: str) -> list[int]:
+        def tokenize(responses: Sequence[str]) -> list[list[int]]:
+            with_end = self._response_ids(rendered, responses)
+            return [ids[:-1] if ids[-1] in self.end_token_ids else ids for ids in with_end]
+
+        return tokenize
+
+    def _response_ids(self, prompt: _RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
         """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
-        after = self._render_response(prompt, response)
-        whole_ids = self._ids(prompt.text + after)
-        if whole_ids[: len(prompt_ids)] == prompt_ids:
-            ids = whole_ids[len(prompt_ids) :]
-        else:
-            # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
-            ids = list(self.tokenizer(after, add_special_tokens=False)["input_ids"])
-        if self._image_token_id in ids:
-            raise SampleError(f"the response contains the image token {self.processor.image_token!r} as text")
-        return ids
+        endings = self._render_responses(prompt, responses)
+        prompt_ids, *whole_ids = self._ids([prompt.text, *(prompt.text + ending for ending in endings)])
+        rows = []
+        for ending, whole in zip(endings, whole_ids, strict=True):
+            if whole[: len(prompt_ids)] == prompt_ids:
+                ids = whole[len(prompt_ids) :]
+            else:
+                # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
+                ids = list(self.tokenizer(ending, add_special_tokens=False)["input_ids"])
+            if self._image_token_id in ids:
+                raise SampleError(f"the response contains the image token {self.processor.image_token!r} as text")
+            rows.append(ids)
+        return rows
 
     def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int]) -> EncodedView:
         before = len(prompt_tokens["input_ids"])

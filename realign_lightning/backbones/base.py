@@ -8,7 +8,7 @@ takes. The rest of the package never names ``pixel_values`` or any other family-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -46,8 +46,8 @@ class Backbone(ABC):
         """Inputs for generation: one row per (prompt, image), padded on the left, ending where the answer begins."""
 
     @abstractmethod
-    def tokenize_response(self, prompt: Prompt, response: str) -> list[int]:
-        """Token ids of ``response`` as they follow ``prompt``, without the end-of-turn token."""
+    def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
+        """A function from responses to their token ids as they follow ``prompt``, without the end-of-turn token."""
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:

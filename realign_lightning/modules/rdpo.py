@@ -161,8 +161,8 @@ class RDPOModule(pl.LightningModule):
         return score(self.backbone, self.policy, batch, views, images), reference
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's samples."""
-        return self._step(batch, "train", self.loss.views)
+        """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples."""
+        return self._step(batch, "train", self.loss.views) * _share_of_rank(batch.weights)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The same on held-out samples, all three views."""
@@ -260,6 +260,8 @@ class RDPOModule(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = False, assign: bool = False) -> Any:
         """Load trained weights; the frozen rest, which no checkpoint holds, is not reported as missing."""
+        # Launchers that fork hand the weights back to a process that has loaded no model.
+        self.configure_model()
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = sorted(self._trained_names() & set(keys.missing_keys))
         if missing or keys.unexpected_keys:
@@ -287,3 +289,13 @@ class RDPOModule(pl.LightningModule):
                 f"Expected {name!r} with shape {expected.get(name)}, got {shapes.get(name)}. "
                 "It was made with another backbone or adapter: use the recipe that made it."
             )
+
+
+def _share_of_rank(weights: Tensor) -> Tensor | float:
+    """Weight of this rank's samples over that of a mean rank; below 1 where the last batches were filled up."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1.0
+    total = weights.sum()
+    everywhere = total.clone()
+    torch.distributed.all_reduce(everywhere)
+    return total * torch.distributed.get_world_size() / everywhere.clamp(min=1)

@@ -138,7 +138,7 @@ class Inducer:
 
     def _infill_row(self, backbone: Backbone, prompt: Prompt, masked: MaskedResponse) -> InfillRow:
         end = backbone.end_token_ids[0]
-        return InfillRow(masked.segments, self.fillers, lambda text: backbone.tokenize_response(prompt, text), end)
+        return InfillRow(masked.segments, self.fillers, backbone.response_tokenizer(prompt), end)
 
 
 class _Path(NamedTuple):
@@ -159,7 +159,7 @@ class InfillRow:
     Args:
         segments: unmasked text before, between and behind the masks.
         fillers: what a mask may become.
-        tokenize: token ids of a response.
+        tokenize: token ids of responses.
         end_token_id: closes the response.
     """
 
@@ -167,7 +167,7 @@ class InfillRow:
         self,
         segments: Sequence[str],
         fillers: Sequence[str],
-        tokenize: Callable[[str], Sequence[int]],
+        tokenize: Callable[[Sequence[str]], Sequence[Sequence[int]]],
         end_token_id: int,
     ) -> None:
         self._segments = list(segments)
@@ -175,7 +175,7 @@ class InfillRow:
         self._tokenize = tokenize
         self._end = end_token_id
         first = self._segments[0].rstrip()
-        ids = tuple(tokenize(first)) if first else ()
+        ids = tuple(tokenize([first])[0]) if first else ()
         self._paths = [_Path(first, ids, self._segments[0][len(first) :], 0)]
 
     def allowed(self, generated: Sequence[int]) -> set[int]:
@@ -206,12 +206,12 @@ class InfillRow:
         segment = self._segments[path.filled + 1]
         # White space before the next filler belongs to the filler's token in most vocabularies: written with it.
         kept = segment.rstrip()
-        for filler in self._fillers:
-            text = path.text + path.pending + filler + kept
-            ids = tuple(self._tokenize(text))
+        pieces = [path.pending + filler + kept for filler in self._fillers]
+        for piece, row in zip(pieces, self._tokenize([path.text + piece for piece in pieces]), strict=True):
+            ids = tuple(row)
             if ids[: len(path.ids)] != path.ids:
-                ids = (*path.ids, *self._tokenize(path.pending + filler + kept))
-            yield _Path(text, ids, segment[len(kept) :], path.filled + 1)
+                ids = (*path.ids, *self._tokenize([piece])[0])
+            yield _Path(path.text + piece, ids, segment[len(kept) :], path.filled + 1)
 
 
 class ForcedInfill(LogitsProcessor):

@@ -149,7 +149,7 @@ def test_greedy_generation_follows_the_plain_forward(backbone):
 
 
 def test_tokenized_response_continues_the_prompt(backbone):
-    ids = backbone.tokenize_response("what is in the picture?", "a cat.")
+    ids = backbone.response_tokenizer("what is in the picture?")(["a cat."])[0]
     view = backbone.encode_sample(sample()).chosen
     assert [*ids, backbone.tokenizer.eos_token_id] == view.tokens["input_ids"][view.response_mask].tolist()
 

@@ -125,7 +125,7 @@ class WordBackbone(Backbone):
     def _no_model(self, *args, **kwargs):
         raise NotImplementedError("these tests read data only")
 
-    encode_prompts = tokenize_response = decode = load_model = encode_images = join_images = select_images = _no_model
+    encode_prompts = response_tokenizer = decode = load_model = encode_images = join_images = select_images = _no_model
     response_logits = generate = embed_images = image_parameters = language_linear_pattern = _no_model
 
 

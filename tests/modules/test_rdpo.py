@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -9,9 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
 from realign_lightning.backbones import AutoBackbone, LoRA
+from realign_lightning.data import ShardWriter
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.conftest import picture, preference_samples
+from tests.modules import two_processes
 
 SMALL = LoRA(r=4, alpha=8, dropout=0.0)
 
@@ -261,6 +267,23 @@ class TestCheckpoints:
         plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
         ours = dict(module.policy.named_parameters())
         assert all(torch.equal(value, ours[name]) for name, value in plain.named_parameters())
+
+
+def test_two_processes_train_what_one_does(tiny_llava, tmp_path):
+    """Seven samples in batches of 2 x 2 or 4: in the last step one rank holds two samples, the other one."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        for sample in preference_samples(7):
+            writer.write(sample)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [str(tiny_llava), str(tmp_path / "shards"), "2", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.modules.two_processes", *arguments]
+    subprocess.run(command, check=True, timeout=240, env=environment, cwd=Path(__file__).parents[2])  # noqa: S603
+    two_processes.main(str(tiny_llava), str(tmp_path / "shards"), 1, tmp_path)
+    one, two = (torch.load(tmp_path / f"{devices}.ckpt", weights_only=True)["state_dict"] for devices in (1, 2))
+    assert one.keys() == two.keys()
+    assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
 
 
 def test_sft_control_needs_neither_reference_nor_other_views(backbone, tmp_path):

@@ -40,7 +40,7 @@ def test_infill_row_spells_exactly_the_possible_texts(backbone):
     segments = ("a red ", " stands beside the ", ".")
 
     def spell(prefix: list[int], texts: set[str]) -> None:
-        row = InfillRow(segments, FILLERS, lambda text: backbone.tokenize_response("a", text), end)
+        row = InfillRow(segments, FILLERS, backbone.response_tokenizer("a"), end)
         allowed: set[int] = set()
         for length in range(len(prefix) + 1):
             allowed = row.allowed(prefix[:length])
@@ -56,8 +56,8 @@ def test_infill_row_spells_exactly_the_possible_texts(backbone):
 
 def test_infill_tokens_are_those_of_the_plain_text(backbone):
     end = backbone.end_token_ids[0]
-    row = InfillRow(("a ", " and a ", ""), ["laptop"], lambda text: backbone.tokenize_response("a", text), end)
-    assert walk(row, choose=min) == [*backbone.tokenize_response("a", "a laptop and a laptop"), end]
+    row = InfillRow(("a ", " and a ", ""), ["laptop"], backbone.response_tokenizer("a"), end)
+    assert walk(row, choose=min) == [*backbone.response_tokenizer("a")(["a laptop and a laptop"])[0], end]
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -83,7 +83,7 @@ def test_infill_sampling_follows_the_policy(backbone, model):
     inputs = backbone.encode_prompts(["[MASK] runs"], [picture(0)])
     with torch.no_grad():
         probabilities = model(**inputs).logits[0, -1].softmax(-1)
-    first = {filler: backbone.tokenize_response("[MASK] runs", f"{filler} runs")[0] for filler in fillers}
+    first = {filler: backbone.response_tokenizer("[MASK] runs")([f"{filler} runs"])[0][0] for filler in fillers}
     groups = {token: sum(count for word, count in drawn.items() if first[word] == token) for token in first.values()}
     total = sum(float(probabilities[token]) for token in groups)
     for token, count in groups.items():

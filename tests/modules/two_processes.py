@@ -1,0 +1,38 @@
+"""Train an adapter on shards with one or two CPU processes and save it. Run by test_rdpo.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from realign_lightning.backbones import AutoBackbone, LoRA
+from realign_lightning.data import DualPreferenceDataModule
+from realign_lightning.losses import RDPOLoss
+from realign_lightning.modules import RDPOModule
+
+
+def main(checkpoint: str, shards: str, devices: int, output: Path) -> None:
+    torch.manual_seed(0)
+    backbone = AutoBackbone(checkpoint)
+    data = DualPreferenceDataModule(backbone, shards, batch_size=4 // devices)
+    module = RDPOModule(
+        backbone, RDPOLoss(), LoRA(4, 8, 0.0), optimizer=lambda weights: torch.optim.SGD(weights, lr=0.5)
+    )
+    trainer = Trainer(
+        default_root_dir=output,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(output / f"{devices}.ckpt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
