@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,15 @@ def test_commands_beside_the_trainers_run(inside, capsys):
         run(["teach-digits", "--help"])
     assert stop.value.code == 0
     assert "--output" in capsys.readouterr().out
+
+
+def test_the_installed_script_ends_with_status_zero(shards, tiny_llava, inside, monkeypatch):
+    """A script is run as ``sys.exit(script())``: anything but None or 0 would be a failure."""
+    (script,) = entry_points(group="console_scripts", name="realign-lightning")
+    args = fit_args(tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava))
+    monkeypatch.setattr(sys, "argv", ["realign-lightning", *args, "--trainer.max_steps", "1"])
+    assert script.load()() is None
+    assert list(inside.rglob("*.ckpt"))
 
 
 def test_validate_runs_a_checkpoint(shards, tiny_llava, inside):
