@@ -73,7 +73,7 @@ class DigitPairs(ShardBuilder):
 
     def __init__(
         self,
-        scenes: int = 1500,
+        scenes: int = 1000,
         val_scenes: int = 150,
         skew: float = TEACHING_SKEW,
         mask_probability: float = 0.5,
