@@ -105,7 +105,7 @@ class TestQuickStart:
     """The README's first command, reduced in scenes and steps."""
 
     @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
+    def finished(self, tmp_path_factory):
         before = Path.cwd()
         os.chdir(tmp_path_factory.mktemp("quick"))
         try:
@@ -114,8 +114,8 @@ class TestQuickStart:
         finally:
             os.chdir(before)
 
-    def test_leaves_everything_under_one_folder(self, run):
-        _, folder = run
+    def test_leaves_everything_under_one_folder(self, finished):
+        _, folder = finished
         log = folder / "version_0"
         for name in ("shards/train/index.json", "shards/val/index.json", "shards/pairs.png"):
             assert (folder / name).is_file()
@@ -126,8 +126,8 @@ class TestQuickStart:
         with Image.open(folder / "shards/pairs.png") as drawn:
             assert drawn.width > 400
 
-    def test_table_has_every_score_for_base_control_and_rdpo(self, run):
-        results = json.loads((run[1] / "version_0" / "evaluation.json").read_text())
+    def test_table_has_every_score_for_base_control_and_rdpo(self, finished):
+        results = json.loads((finished[1] / "version_0" / "evaluation.json").read_text())
         assert list(results) == ["base", "SFT", "rDPO"]
         kinds = ("random", "popular", "adversarial")
         expected = {f"POPE {kind}: {name}" for kind in kinds for name in ("accuracy", "F1", "yes ratio")}
@@ -136,8 +136,8 @@ class TestQuickStart:
             assert set(scores) == expected
         assert results["base"] != results["rDPO"] != results["SFT"]
 
-    def test_pairs_are_what_the_paper_asks_for(self, run):
-        cli, folder = run
+    def test_pairs_are_what_the_paper_asks_for(self, finished):
+        cli, folder = finished
         dataset = ShardDataset(str(folder / "shards" / "train"), cli.model.backbone)
         assert 8 <= len(dataset) <= 24
         prompts = set()
@@ -152,16 +152,16 @@ class TestQuickStart:
                 assert re.fullmatch(pattern, pair.rejected), "only the masked words differ"
         assert prompts == {True, False}
 
-    def test_checkpoint_rebuilds_the_module(self, run):
-        cli, folder = run
+    def test_checkpoint_rebuilds_the_module(self, finished):
+        cli, folder = finished
         loaded = RDPOModule.load_from_checkpoint(folder / "version_0" / "checkpoints" / "step=4.ckpt")
         assert isinstance(loaded.loss, RDPOLoss)
         assert loaded.loss.sft_weight == cli.model.loss.sft_weight == 1.0
         images = [scene.image for scene in DigitWorld("test", 0.0, seed=5).scenes(3)]
         assert loaded.generate([DESCRIBE] * 3, images) == cli.model.generate([DESCRIBE] * 3, images)
 
-    def test_adapter_answers_alike_in_plain_transformers_and_peft(self, run):
-        cli, folder = run
+    def test_adapter_answers_alike_in_plain_transformers_and_peft(self, finished):
+        cli, folder = finished
         base = AutoModelForImageTextToText.from_pretrained(POLICY_FOLDER)
         plain = PeftModel.from_pretrained(base, folder / "version_0" / "adapter").eval()
         processor = AutoProcessor.from_pretrained(POLICY_FOLDER)
@@ -184,8 +184,8 @@ class TestQuickStart:
             ids = plain.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             assert processor.decode(ids, skip_special_tokens=True).strip() == answer
 
-    def test_second_run_uses_the_shards_again_and_other_settings_do_not(self, run, monkeypatch, capsys):
-        _, folder = run
+    def test_second_run_uses_the_shards_again_and_other_settings_do_not(self, finished, monkeypatch, capsys):
+        _, folder = finished
         monkeypatch.chdir(folder.parent.parent)
         tars = {path: path.stat().st_mtime_ns for path in folder.rglob("*.tar")}
         recipe = [
@@ -201,8 +201,8 @@ class TestQuickStart:
         run([*recipe, "--trainer.max_steps", "1", "--data.builder.init_args.tau", "0.9"])
         assert all(path.stat().st_mtime_ns != before for path, before in tars.items())
 
-    def test_resumed_run_says_which_settings_the_checkpoint_overrides(self, run, monkeypatch):
-        _, folder = run
+    def test_resumed_run_says_which_settings_the_checkpoint_overrides(self, finished, monkeypatch):
+        _, folder = finished
         monkeypatch.chdir(folder.parent.parent)
         recipe = [
             "fit",
