@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from realign_lightning.data import BadDataError
 
 COMMANDS = {"teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing")}
 """Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder that a logger made for this run; without a logger there is none.
+
+    Lightning would write into the current folder then, over a configuration of the user's.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save the configuration."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class RealignCLI(LightningCLI):
@@ -72,11 +88,22 @@ def _configure_output() -> None:
     # Deprecations between peft and transformers, and between lightning and torch.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Lightning's words for a run without validation data, and its advertisements.
+    warnings.filterwarnings("ignore", message="Total length of .list. across ranks is zero.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: " not in record.msg)
 
 
 def main() -> None:
-    """What the script ``realign-lightning`` runs: :func:`run` on the command line."""
-    run()
+    """What the script ``realign-lightning`` runs: :func:`run` on the command line.
+
+    What a user can mend (values, files, data) ends in one message; ``REALIGN_TRACEBACK=1`` shows where it arose.
+    """
+    try:
+        run()
+    except (ValueError, OSError, ImportError, BadDataError) as error:
+        if os.environ.get("REALIGN_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(REALIGN_TRACEBACK=1 shows where this arose.)")
 
 
 def run(args: Sequence[str] | None = None) -> RealignCLI | None:
@@ -103,6 +130,8 @@ def run(args: Sequence[str] | None = None) -> RealignCLI | None:
         DualPreferenceDataModule,
         args=None if args is None else arguments,
         auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        # A resumed run may keep its folder.
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "realign-lightning",

@@ -153,7 +153,7 @@ class PreferenceBatch:
         retrieved: the same for the B images v_l.
         weights: (B,) float32; 1 for a sample, 0 for a stand-in that must not count.
         keys: the B sample keys.
-        truncated: response tokens cut in this batch because they did not fit.
+        truncated: keys of the samples of this batch with a response that did not fit and was cut at its end.
         skipped: samples that were passed over while this batch was read.
     """
 
@@ -164,7 +164,7 @@ class PreferenceBatch:
     retrieved: dict[str, Tensor]
     weights: Tensor
     keys: tuple[str, ...]
-    truncated: int = 0
+    truncated: tuple[str, ...] = ()
     skipped: tuple[SkippedSample, ...] = ()
 
     def __len__(self) -> int:

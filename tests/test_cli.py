@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from realign_lightning.backbones import AutoBackbone
-from realign_lightning.cli import run
+from realign_lightning.cli import main, run
 from realign_lightning.data import ShardDataset, ShardWriter
 from realign_lightning.demos import POLICY_FOLDER
 from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, question
@@ -67,8 +67,9 @@ def test_every_recipe_runs(recipe, shards, tiny_llava, inside):
     cli = run(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
     assert cli.trainer.global_step in (2, 4)
     assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
-    trained = [p for p in cli.model.policy.parameters() if p.requires_grad]
-    assert any(p.grad is None or (p.grad != 0).any() for p in trained)
+    moved = [weight for name, weight in cli.model.policy.named_parameters() if "lora_B" in name]
+    assert moved
+    assert all(weight.any() for weight in moved), "every adapter starts at zero and is trained"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -233,15 +234,43 @@ class TestBadInput:
         assert stop.value.code == 2
         assert "los" in capsys.readouterr().err
 
-    def test_wrong_backbone_path(self, args):
-        with pytest.raises(OSError, match="no/such/model"):
-            run(fit_args(args, "--model.backbone.init_args.path", "no/such/model"))
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("no/such/model", "'no/such/model': no such folder"),
+            ("/nope", "'/nope': no such folder"),
+            ("my_polcy", "'my_polcy': no such folder"),
+            (".", "'.': a folder without config.json"),
+            ("no-such-owner/model", "'no-such-owner/model' cannot be loaded"),
+        ],
+    )
+    def test_wrong_backbone_path(self, args, path, message, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(OSError, match=message) as raised:
+            run(fit_args(args, "--model.backbone.init_args.path", path))
+        assert "set `path` of the backbone" in str(raised.value)
+
+    def test_the_script_ends_with_one_message(self, args, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["realign-lightning", *fit_args(args, "--data.train", "nowhere")])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert str(stop.value.code).startswith("error: ")
+        assert "nowhere" in str(stop.value.code)
+        monkeypatch.setenv("REALIGN_TRACEBACK", "1")
+        with pytest.raises(ValueError, match="nowhere"):
+            main()
+
+    def test_a_configuration_in_the_current_folder_is_never_overwritten(self, args, inside):
+        (inside / "config.yaml").write_text("# my own\nseed_everything: 1\n")
+        quiet = ["--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.default_root_dir", "."]
+        run(fit_args(args, "--config", "config.yaml", *quiet))
+        assert (inside / "config.yaml").read_text() == "# my own\nseed_everything: 1\n"
 
     def test_missing_shards(self, args):
         with pytest.raises(ValueError, match="nowhere"):
             run(fit_args(args, "--data.train", "nowhere"))
 
-    def test_resume_with_another_adapter_or_backbone(self, args, inside):
+    def test_resume_from_a_checkpoint_whose_weights_do_not_fit(self, args, inside):
         run(fit_args(args))
         (checkpoint,) = inside.rglob("*.ckpt")
         state = torch.load(checkpoint, weights_only=True)
@@ -252,10 +281,13 @@ class TestBadInput:
 
 
 def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, tiny_llava, inside, caplog):
-    """One image token in a text among 8 samples: 12.5 % is allowed here, and 8 - 1 are trained on."""
+    """One image token in a text among 8 samples: 12.5 % is allowed here, and 8 - 1 are trained on.
+
+    The bad one is the first, which the recipe's SampleAnswers would show.
+    """
     with ShardWriter("mixed") as writer:
         for sample in preference_samples(8):
-            bad = {"chosen": "a <image> cat"} if sample.key == "sample3" else {}
+            bad = {"chosen": "a <image> cat"} if sample.key == "sample0" else {}
             writer.write(type(sample)(**{**vars(sample), **bad}))
     args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", "mixed", tiny_llava)
     seen = []
@@ -272,11 +304,11 @@ def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, ti
         cli = run(fit_args(args, "--trainer.max_steps", "-1", "--data.max_bad_fraction", "0.2", "--data.val", "null"))
     finally:
         modules.RDPOModule = original
-    assert sorted(seen) == [f"sample{number}" for number in range(8) if number != 3]
+    assert sorted(seen) == [f"sample{number}" for number in range(1, 8)]
     (skip,) = cli.datamodule.skipped["train"]
-    assert (skip.shard, skip.key) == ("shard-000000.tar", "sample3")
+    assert (skip.shard, skip.key) == ("shard-000000.tar", "sample0")
     assert "image token" in skip.reason
-    assert "sample3" in caplog.text
+    assert "sample0" in caplog.text
     assert "shard-000000.tar" in caplog.text
 
 

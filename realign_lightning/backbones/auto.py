@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from realign_lightning.backbones.base import Backbone, ImageFeatures
+from realign_lightning.backbones.base import Backbone, ImageFeatures, eval_mode
 from realign_lightning.types import (
     VIEWS,
     EncodedSample,
@@ -90,14 +92,29 @@ class AutoBackbone(Backbone):
         self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})
 
+    @contextmanager
+    def _naming_the_path(self) -> Iterator[None]:
+        """Say that it is the backbone's path that is wrong, and do not ask a hub for what can only be a folder."""
+        advice = "Expected a folder with a checkpoint, or a name owner/model on the hub: set `path` of the backbone."
+        folder = Path(self.path)
+        is_name = self.path.count("/") == 1 and not self.path.startswith((".", "~", "/"))
+        if not (folder / "config.json").is_file() and (folder.is_dir() or not is_name):
+            found = "a folder without config.json" if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(f"Backbone {self.path!r}: {found}. {advice}")
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"Backbone {self.path!r} cannot be loaded: {error}\n{advice}") from error
+
     # ---- processor
 
     @cached_property
     def processor(self) -> Any:
         """The checkpoint's processor, with this backbone's chat template if one was given."""
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            self.path, revision=self.revision, **self.processor_kwargs
-        )
+        with self._naming_the_path():
+            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                self.path, revision=self.revision, **self.processor_kwargs
+            )
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(
                 f"Expected {self.path!r} to hold a processor for images and text, got {type(processor).__name__}. "
@@ -145,7 +162,7 @@ class AutoBackbone(Backbone):
         """Encode the three views; tokenises each distinct prompt and preprocesses each image once.
 
         Raises:
-            SampleError: when a text contains the image token, or the prompt leaves no room for a response.
+            SampleError: when a text contains a special token, or the prompt leaves no room for a response.
         """
         prompt = self._render_prompt(sample.prompt)
         chosen, rejected = self._response_ids(prompt, [sample.chosen, sample.rejected])
@@ -171,12 +188,19 @@ class AutoBackbone(Backbone):
             if isinstance(message.get("content"), str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
         parts = [part for message in messages for part in message["content"]]
-        if any(self.processor.image_token in part.get("text", "") for part in parts):
-            raise SampleError(f"the prompt contains the image token {self.processor.image_token!r} as text")
+        for part in parts:
+            self._check_plain(part.get("text", ""), "prompt")
         if not any(part.get("type") == "image" for part in parts):
             first = next(message for message in messages if message["role"] == "user")
             first["content"] = [{"type": "image"}, *first["content"]]
         return messages
+
+    def _check_plain(self, text: str, name: str) -> None:
+        """Refuse special tokens written as text: the tokenizer would take them for real ones."""
+        for token in (self.processor.image_token, *self._special_tokens):
+            if str(token) in text and token != self.tokenizer.mask_token:
+                kind = "image token" if token == self.processor.image_token else "special token"
+                raise SampleError(f"the {name} contains the {kind} {token!r} as text")
 
     def _render_prompt(self, prompt: Prompt) -> _RenderedPrompt:
         messages = self._messages(prompt)
@@ -238,7 +262,7 @@ class AutoBackbone(Backbone):
     def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
         """A function from responses to their token ids as they follow ``prompt``, without the end-of-turn token.
 
-        It raises SampleError for a response that contains the image token.
+        It raises SampleError for a response that contains a special token as text.
         """
         rendered = self._render_prompt(prompt)
 
@@ -250,6 +274,8 @@ class AutoBackbone(Backbone):
 
     def _response_ids(self, prompt: _RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
         """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
+        for response in responses:
+            self._check_plain(response, "response")
         endings = self._render_responses(prompt, responses)
         prompt_ids, *whole_ids = self._ids([prompt.text, *(prompt.text + ending for ending in endings)])
         rows = []
@@ -259,8 +285,6 @@ class AutoBackbone(Backbone):
             else:
                 # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
                 ids = list(self.tokenizer(ending, add_special_tokens=False)["input_ids"])
-            if self._image_token_id in ids:
-                raise SampleError(f"the response contains the image token {self.processor.image_token!r} as text")
             rows.append(ids)
         return rows
 
@@ -290,7 +314,7 @@ class AutoBackbone(Backbone):
             retrieved=self._stack_images([sample.retrieved for sample in samples]),
             weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
             keys=tuple(sample.key for sample in samples),
-            truncated=sum(getattr(sample, name).truncated for sample in samples for name in VIEWS),
+            truncated=tuple(sample.key for sample in samples if sample.weight and _is_cut(sample)),
             skipped=tuple(skipped for sample in samples for skipped in sample.skipped),
         )
 
@@ -344,7 +368,8 @@ class AutoBackbone(Backbone):
         Raises:
             ValueError: when the checkpoint is no image-text-to-text decoder that takes ``mm_encoder_outputs``.
         """
-        config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+        with self._naming_the_path():
+            config = AutoConfig.from_pretrained(self.path, revision=self.revision)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(
                 f"Expected {self.path!r} to be an image-text-to-text model, got {config.model_type!r}. "
@@ -357,7 +382,8 @@ class AutoBackbone(Backbone):
             kwargs["attn_implementation"] = self.attn_implementation
         if self.quantization == "nf4":
             kwargs["quantization_config"] = self._nf4()
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(self.path, **kwargs)
+        with self._naming_the_path():
+            model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(self.path, **kwargs)
         if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(model).__name__} is not supported: it does not take `mm_encoder_outputs`, so that "
@@ -410,7 +436,9 @@ class AutoBackbone(Backbone):
         logits: Tensor = output.logits
         return logits
 
-    def generate(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[str]:
+    def generate(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Answers to the rows of :meth:`encode_prompts`, cut at the end-of-turn token.
 
         Greedy unless ``do_sample=True``; sampling settings that the checkpoint ships do not apply to greedy decoding.
@@ -420,14 +448,11 @@ class AutoBackbone(Backbone):
         if not kwargs.get("do_sample", False):
             kwargs = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **kwargs}
         settings = {"pad_token_id": self.pad_token_id, "eos_token_id": list(self.end_token_ids), **kwargs}
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                rows = model.generate(**inputs, **settings)  # type: ignore[operator]
-        finally:
-            model.train(was_training)
-        return [self.decode(row) for row in rows[:, inputs["input_ids"].shape[1] :].tolist()]
+        with eval_mode(model), torch.inference_mode():
+            rows = model.generate(**inputs, **settings)  # type: ignore[operator]
+        answers = rows[:, inputs["input_ids"].shape[1] :].tolist()
+        finished = [not drop_unfinished or not set(row).isdisjoint(self.end_token_ids) for row in answers]
+        return [self.decode(row) if done else "" for row, done in zip(answers, finished, strict=True)]
 
     def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
         """Mean over the vision tower's last hidden states, L2-normalised, (N, D) float32 on the CPU."""
@@ -466,6 +491,10 @@ _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type
 
 _IMAGE_PARTS = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "aligner")
 """What transformers calls the parts that turn an image into tokens, below ``model``."""
+
+
+def _is_cut(sample: EncodedSample) -> bool:
+    return bool(sample.chosen.truncated or sample.rejected.truncated)
 
 
 def _pad_and_cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -18,6 +19,22 @@ from realign_lightning.types import EncodedSample, PreferenceBatch, PreferenceSa
 
 ImageFeatures = Any
 """Encoded images of a batch, opaque outside a backbone."""
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule is in the mode that it was in.
+
+    Args:
+        model: any module.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Backbone(ABC):
@@ -88,8 +105,13 @@ class Backbone(ABC):
         """Logits (N, vocabulary) at the N positions where ``keep`` (B, L) is True, in row-major order."""
 
     @abstractmethod
-    def generate(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[str]:
-        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to the model's ``generate``."""
+    def generate(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to the model's ``generate``.
+
+        With ``drop_unfinished`` an answer that was cut before its end is given as an empty text.
+        """
 
     @abstractmethod
     def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:

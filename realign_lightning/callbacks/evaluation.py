@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -93,13 +93,16 @@ class Evaluation(pl.Callback):
         self.name = name
         self.batch_size = batch_size
         self.results: dict[str, dict[str, float]] = {}
+        self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that controls can be trained here.
+        """Check that controls can be trained here, and find the log folder.
 
         Raises:
             ValueError: for controls on several devices, or with a module that cannot be cloned.
         """
+        # Ranks agree on it by talking to each other, so all of them must ask here.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         if stage != "fit" or not self.controls:
             return
         if trainer.world_size > 1:
@@ -112,6 +115,7 @@ class Evaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the reference."""
+        self.results = {}
         self.results["base"] = self._evaluate(trainer, pl_module, "base", reference=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -182,7 +186,12 @@ class Evaluation(pl.Callback):
                 accumulate_grad_batches=trainer.accumulate_grad_batches,
                 gradient_clip_val=trainer.gradient_clip_val,
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-                logger=CSVLogger(self._folder(trainer), name="controls", version=name),
+                limit_train_batches=trainer.limit_train_batches,
+                overfit_batches=trainer.overfit_batches,  # type: ignore[attr-defined]
+                deterministic=_determinism(),
+                benchmark=torch.backends.cudnn.benchmark,
+                logger=CSVLogger(self._folder, name="controls", version=name),
+                log_every_n_steps=trainer.log_every_n_steps,  # type: ignore[attr-defined]
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
                 enable_checkpointing=False,
@@ -199,12 +208,9 @@ class Evaluation(pl.Callback):
             control.to(device)
             self.results[name] = self._evaluate(trainer, control, name)
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)
-
     @rank_zero_only
     def _report(self, trainer: pl.Trainer) -> None:
-        folder = self._folder(trainer)
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         arms = ["base", *self.controls, self.name]
         results = {arm: self.results[arm] for arm in arms}
@@ -212,6 +218,13 @@ class Evaluation(pl.Callback):
         table = format_table(results)
         (folder / "evaluation.md").write_text(table + "\n")
         tqdm.write(f"\n{table}\n\nEverything of this run lies in {folder}")
+
+
+def _determinism() -> bool | Literal["warn"]:
+    """The setting that is in force; a new Trainer would reset it."""
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        return "warn"
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:

@@ -14,8 +14,9 @@ class AdapterExport(pl.Callback):
     """Writes the adapter for plain transformers and peft beside every checkpoint, and removes it with it.
 
     For ``epoch=0-step=300.ckpt`` there is a folder ``epoch=0-step=300-adapter`` whatever callback or call saved the
-    checkpoint. Load it with ``PeftModel.from_pretrained(base_model, folder)``. After full fine-tuning the folder is
-    called ``...-model`` and holds the whole model.
+    checkpoint; links (``save_last: link``) get none of their own. Load it with
+    ``PeftModel.from_pretrained(base_model, folder)``. After full fine-tuning the folder is called ``...-model`` and
+    holds the whole model.
 
     Args:
         last_copy: also keep a copy of the newest export in ``<log folder>/adapter``, a path that does not change.

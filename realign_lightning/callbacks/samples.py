@@ -35,6 +35,11 @@ class SampleAnswers(pl.Callback):
             raise ValueError(f"Expected `count` to be at least 1, got {count}.")
         self.count = count
         self.max_new_tokens = max_new_tokens
+        self._folder = Path()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the log folder; ranks agree on it by talking to each other, so all of them must ask here."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the answers before the first step."""
@@ -59,15 +64,16 @@ class SampleAnswers(pl.Callback):
             max_new_tokens=self.max_new_tokens,
         )
         picture = draw_rows([_row(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
-        log_picture(trainer, "answers", picture)
+        log_picture(trainer, "answers", picture, self._folder)
 
     def _samples(self, trainer: pl.Trainer) -> list[PreferenceSample]:
-        """The first samples of the first loader whose dataset can decode them."""
+        """The first usable samples of the first loader whose dataset can name them."""
         loaders = trainer.val_dataloaders or trainer.train_dataloader
         for loader in loaders if isinstance(loaders, Sequence) else [loaders]:
             dataset = getattr(loader, "dataset", None)
-            if dataset is not None and hasattr(dataset, "decode"):
-                return [dataset.decode(index) for index in range(min(self.count, len(dataset)))]
+            if dataset is not None and hasattr(dataset, "first"):
+                shown: list[PreferenceSample] = dataset.first(self.count)
+                return shown
         return []
 
 
@@ -77,13 +83,14 @@ def _row(sample: PreferenceSample, answer: str) -> Row:
     return Row([(sample.key, sample.image)], texts)
 
 
-def log_picture(trainer: pl.Trainer, name: str, picture: Image.Image) -> Path | None:
+def log_picture(trainer: pl.Trainer, name: str, picture: Image.Image, folder: Path) -> Path | None:
     """Hand a picture to every logger that takes one, or write it to the log folder.
 
     Args:
         trainer: whose loggers and step to use.
-        name: tag in the logger, or name of the folder.
+        name: tag in the logger, or name of a folder in ``folder``.
         picture: RGB.
+        folder: log folder. Not read from the trainer: its ``log_dir`` may only be asked for on all ranks at once.
 
     Returns:
         The file that was written, or None when a logger took the picture.
@@ -98,8 +105,7 @@ def log_picture(trainer: pl.Trainer, name: str, picture: Image.Image) -> Path | 
             taken = True
     if taken:
         return None
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step={trainer.global_step}.png"
+    path = folder / name / f"step={trainer.global_step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return path

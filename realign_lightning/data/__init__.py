@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from realign_lightning.data.builder import ShardBuilder
-from realign_lightning.data.datamodule import DualPreferenceDataModule, SkipLog
+from realign_lightning.data.datamodule import BadDataError, DualPreferenceDataModule, SkipLog
 from realign_lightning.data.scan import ShardError, scan_shard
 from realign_lightning.data.schema import SCHEMA_VERSION, decode_sample, encode_members
 from realign_lightning.data.shards import ShardIndex, ShardInfo, ShardWriter, read_index
@@ -11,6 +11,7 @@ from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDatase
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BadDataError",
     "DualPreferenceDataModule",
     "EpochSampler",
     "SampleIndex",

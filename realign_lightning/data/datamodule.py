@@ -21,6 +21,10 @@ _CHECK_EVERY = 64
 """Batches between two sums over ranks."""
 
 
+class BadDataError(RuntimeError):
+    """More samples are bad than is allowed; the message counts and names them."""
+
+
 class SkipLog:
     """Counts skipped samples, names each once in the log, and raises when they are too many.
 
@@ -33,7 +37,7 @@ class SkipLog:
         skipped: samples that are known to be bad before reading begins, already named in the log.
 
     Raises:
-        RuntimeError: if these are too many already.
+        BadDataError: if these are too many already.
     """
 
     def __init__(self, total: int, max_bad_fraction: float, skipped: Iterable[SkippedSample] = ()) -> None:
@@ -75,11 +79,11 @@ class SkipLog:
             met: bad samples read in this pass, on one rank or on all.
 
         Raises:
-            RuntimeError: if they are too many.
+            BadDataError: if they are too many.
         """
         bad = self._before + met
         if bad > self.allowed:
-            raise RuntimeError(
+            raise BadDataError(
                 f"{bad} of {self.total} samples are bad, more than max_bad_fraction={self.max_bad_fraction} allows "
                 f"({self.allowed:g}); repair the shards or raise max_bad_fraction. "
                 f"Skipped here: {describe_skips(self.skipped)}"
@@ -166,6 +170,8 @@ class DualPreferenceDataModule(LightningDataModule):
             _folder(val or "")
         self._datasets: dict[str, ShardDataset] = {}
         self._skips: dict[str, SkipLog] = {}
+        self._truncated: dict[str, set[str]] = {"train": set(), "val": set()}
+        self._pass: dict[str, tuple[Any, ...]] = {}
         self._batches = {"train": 0, "val": 0}
 
     def prepare_data(self) -> None:
@@ -181,7 +187,7 @@ class DualPreferenceDataModule(LightningDataModule):
 
         Raises:
             ShardError: if shards are missing or damaged.
-            RuntimeError: if too many samples lack a member.
+            BadDataError: if too many samples lack a member.
         """
         if stage in ("fit", None):
             self._open("train", self.train_source)
@@ -207,7 +213,7 @@ class DualPreferenceDataModule(LightningDataModule):
             The batch as it is.
 
         Raises:
-            RuntimeError: if too many samples are bad.
+            BadDataError: if too many samples are bad.
         """
         if isinstance(batch, PreferenceBatch) and self.trainer is not None:
             self._count("train" if self.trainer.training else "val", batch)
@@ -217,6 +223,11 @@ class DualPreferenceDataModule(LightningDataModule):
     def skipped(self) -> dict[str, tuple[SkippedSample, ...]]:
         """Distinct bad samples that this process has met so far, by split (``train``, ``val``)."""
         return {split: skips.skipped for split, skips in self._skips.items()}
+
+    @property
+    def truncated(self) -> dict[str, frozenset[str]]:
+        """Keys of the samples this process has met whose responses were too long and were cut, by split."""
+        return {split: frozenset(keys) for split, keys in self._truncated.items()}
 
     def _open(self, split: str, source: str | list[str]) -> None:
         if split not in self._datasets:
@@ -243,18 +254,49 @@ class DualPreferenceDataModule(LightningDataModule):
         )
 
     def _count(self, split: str, batch: PreferenceBatch) -> None:
+        self._begin_pass_if_new(split)
         skips = self._skips[split]
         skips.add(batch.skipped)
+        self._count_truncated(split, batch)
         self._batches[split] += 1
-        ends_pass = self._batches[split] % self._batches_per_pass(split) == 0
-        if self.trainer is None or self.trainer.world_size == 1:
-            skips.check(skips.met)
-        elif ends_pass or self._batches[split] % _CHECK_EVERY == 0:
-            # Checked in step, so that all ranks stop together.
-            met = torch.tensor(float(skips.met), device=self.trainer.strategy.root_device)
-            skips.check(int(self.trainer.strategy.reduce(met, reduce_op="sum")))
-        if ends_pass:
-            skips.begin_pass()
+        ends_pass = self._batches[split] == self._batches_per_pass(split)
+        is_alone = self.trainer is None or self.trainer.world_size == 1
+        if is_alone or ends_pass or self._batches[split] % _CHECK_EVERY == 0:
+            self._check_skips(split)
+
+    def _begin_pass_if_new(self, split: str) -> None:
+        """Passes may end early (limits, a step limit), so they are told apart by when they run, not by counting."""
+        if self.trainer is None:
+            return
+        trainer = self.trainer
+        current: tuple[Any, ...] = (trainer.current_epoch,)
+        if split == "val":
+            current = (trainer.current_epoch, trainer.global_step, trainer.sanity_checking)
+        if self._pass.get(split, current) != current:
+            self._check_skips(split)
+            self._skips[split].begin_pass()
+            self._batches[split] = 0
+        self._pass[split] = current
+
+    def _check_skips(self, split: str) -> None:
+        """Compare this pass's bad samples, of all ranks together, with what is allowed; called in step on all ranks."""
+        skips = self._skips[split]
+        met = float(skips.met)
+        if self.trainer is not None and self.trainer.world_size > 1:
+            everywhere = torch.tensor(met, device=self.trainer.strategy.root_device)
+            met = float(self.trainer.strategy.reduce(everywhere, reduce_op="sum"))
+        skips.check(int(met))
+
+    def _count_truncated(self, split: str, batch: PreferenceBatch) -> None:
+        new = set(batch.truncated) - self._truncated[split]
+        if new and not self._truncated[split]:
+            log.warning(
+                "Responses of %s are longer than the backbone's max_length and are cut at their end (first: %s). "
+                "Raise max_length, or see how many with DualPreferenceDataModule.truncated.",
+                split,
+                min(new),
+            )
+        self._truncated[split] |= new
 
     def _batches_per_pass(self, split: str) -> int:
         world_size = self.trainer.world_size if self.trainer else 1

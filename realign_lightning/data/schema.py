@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from realign_lightning.types import PreferenceSample, Prompt, SampleError
 
@@ -152,6 +152,30 @@ def encode_members(
     return members
 
 
+def check_source(key: str, prompt: Prompt, chosen: str, image: Image.Image) -> None:
+    """Check what is known of a sample before its rejected side is made, so that no work is spent on it in vain.
+
+    Args:
+        key: the sample's key.
+        prompt: the prompt.
+        chosen: the chosen response.
+        image: the image.
+
+    Raises:
+        SampleError: if no sample with these could be written.
+    """
+    try:
+        split_member_name(f"{key}.{JSON_PART}")
+    except ValueError as error:
+        raise SampleError(str(error)) from error
+    _check_prompt(prompt)
+    _check_text(chosen, "chosen")
+    _check_plain({"prompt": prompt, "chosen": chosen}, "the sample")
+    _check_picture(image)
+    if image.mode not in _MODES:
+        raise SampleError(f"pixel mode {image.mode!r} has no faithful RGB form; expected one of {_MODES}")
+
+
 def load_json(data: bytes) -> Any:
     """Parse UTF-8 JSON, refusing what Python's parser lets pass: duplicate names, NaN, infinities.
 
@@ -244,6 +268,8 @@ def decode_image(data: bytes) -> Image.Image:
             return to_rgb(picture)
         except SampleError:
             raise
+        except UnidentifiedImageError as error:
+            raise SampleError("not a readable JPEG, PNG or WebP image") from error
         # Pillow's decoders raise almost any type on broken input; each means that this image cannot be read.
         except Exception as error:
             raise SampleError(f"not a readable JPEG, PNG or WebP image: {error or type(error).__name__}") from error

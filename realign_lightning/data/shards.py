@@ -60,6 +60,26 @@ class ShardIndex:
     schema_version: int = SCHEMA_VERSION
 
 
+def refuse_existing(folder: str | Path, overwrite: bool) -> None:
+    """Raise where shards would be overwritten that were not meant to be.
+
+    Args:
+        folder: where shards are to be written.
+        overwrite: whether shards that are there may go.
+
+    Raises:
+        FileExistsError: if the folder holds an index or shards and ``overwrite`` is False.
+    """
+    old = _written(Path(folder))
+    if old and not overwrite:
+        raise FileExistsError(f"{folder} already holds {old[0].name}; pass overwrite=True, or give another folder")
+
+
+def _written(folder: Path) -> list[Path]:
+    """Index and shards of a folder, the index first."""
+    return [path for path in (folder / INDEX_NAME, *sorted(folder.glob("shard-*.tar"))) if path.exists()]
+
+
 class ShardWriter:
     """Write preference samples as shards ``shard-000000.tar`` ... and an ``index.json``.
 
@@ -175,12 +195,10 @@ class ShardWriter:
         return index
 
     def _clear_folder(self, overwrite: bool) -> None:
+        refuse_existing(self.folder, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         # The index goes first: from here on the folder counts as incomplete.
-        index = self.folder / INDEX_NAME
-        old = [path for path in (index, *sorted(self.folder.glob("shard-*.tar"))) if path.exists()]
-        if old and not overwrite:
-            raise FileExistsError(f"{self.folder} already holds {old[0].name}; pass overwrite=True or another folder")
+        old = _written(self.folder)
         for path in (*old, *self.folder.glob(".*.partial")):
             path.unlink()
 

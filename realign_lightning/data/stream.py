@@ -8,6 +8,7 @@ equally many steps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,15 @@ class ShardDataset(Dataset[EncodedSample]):
             SampleError: if the sample breaks the contract.
         """
         return decode_sample(self._samples[index].read())
+
+    def first(self, count: int) -> list[PreferenceSample]:
+        """The first samples that can be used, for showing.
+
+        Args:
+            count: how many at most.
+        """
+        usable = (index for index in range(len(self)) if self._encode(index) is not None)
+        return [self.decode(index) for index in itertools.islice(usable, count)]
 
     def __getitem__(self, item: int | SampleIndex) -> EncodedSample:
         """The encoded sample at an index, or a stand-in of weight 0.

@@ -37,6 +37,8 @@ from realign_lightning.types import PreferenceSample
 
 log = logging.getLogger(__name__)
 
+_WORLD = "digit scenes"
+
 TEACHING_SKEW = 0.9
 """Skew of the world that the shipped policy was taught in."""
 
@@ -69,6 +71,9 @@ class DigitPairs(ShardBuilder):
         top_k: retrieved images per scene.
         seed: of scenes, masks and sampling.
         picture: file for a picture of a few pairs, beside the training shards; None for none.
+
+    Raises:
+        ValueError: for fewer than two scenes.
     """
 
     def __init__(
@@ -82,6 +87,9 @@ class DigitPairs(ShardBuilder):
         seed: int = 0,
         picture: str | None = "pairs.png",
     ) -> None:
+        for name, count in (("scenes", scenes), ("val_scenes", val_scenes)):
+            if count < 2:
+                raise ValueError(f"Expected `{name}` to be at least 2, one to retrieve for the other, got {count}.")
         self.scenes = scenes
         self.val_scenes = val_scenes
         self.skew = skew
@@ -98,6 +106,9 @@ class DigitPairs(ShardBuilder):
             backbone: the policy.
             train: folder for the training shards.
             val: folder for the validation shards.
+
+        Raises:
+            FileExistsError: if a folder holds shards that are not of digit scenes; they are left alone.
         """
         wanted: list[tuple[str, Split, int]] = [(train, "train", self.scenes)]
         if val is not None:
@@ -107,19 +118,24 @@ class DigitPairs(ShardBuilder):
         if not stale:
             log.info("Using the pairs in %s.", ", ".join(folder for folder, _, _ in wanted))
             return
+        for folder, _, _ in stale:
+            if not _is_ours(folder) and any(Path(folder).glob("*.tar")):
+                raise FileExistsError(
+                    f"{folder} holds shards that this builder did not make, or did not finish. To train on your own, "
+                    "leave the builder out (--data.builder null); to build here, give another folder or delete it."
+                )
         model = backbone.load_model()
         for folder, split, count in stale:
             self._build_split(backbone, model, folder, split, count, facts[folder])
         if self.picture is not None:
             path = Path(train).parent / self.picture
-            draw_pairs(_first_pairs(train, backbone)).save(path)
+            draw_pairs(ShardDataset(train, backbone).first(4)).save(path)
             log.info("A picture of a few pairs: %s", path)
 
     def _facts(self, backbone: Backbone, split: Split, count: int) -> dict[str, Any]:
         """What the shards of a split depend on."""
         settings = {name: getattr(self, name) for name in ("skew", "mask_probability", "tau", "top_k", "seed")}
-        policy = _weights_digest(backbone)
-        return {"world": "digit scenes", "split": split, "scenes": count, "policy_sha256": policy, **settings}
+        return {"world": _WORLD, "split": split, "scenes": count, **_policy_facts(backbone), **settings}
 
     def _build_split(
         self, backbone: Backbone, model: nn.Module, folder: str, split: Split, count: int, facts: dict[str, Any]
@@ -146,7 +162,7 @@ class DigitPairs(ShardBuilder):
             top_k=self.top_k,
         )
         log.info("Building %s pairs from %d scenes into %s.", split, count, folder)
-        report = builder.build(backbone, model, samples, images, folder, facts)
+        report = builder.build(backbone, model, samples, images, folder, facts, overwrite=_is_ours(folder))
         log.info("%s", report)
 
 
@@ -157,8 +173,13 @@ def _sources(name: str, scene: Scene, seed: int) -> Iterator[SourceSample]:
     yield SourceSample(f"{name}-question", name, question(digit), answer(scene, digit))
 
 
+def _is_ours(folder: str) -> bool:
+    """Whether a folder holds pairs of digit scenes, which may be built again."""
+    return (Path(folder) / "index.json").is_file() and read_index(folder).built_with.get("world") == _WORLD
+
+
 def _is_built(folder: str, facts: dict[str, Any]) -> bool:
-    if not (Path(folder) / "index.json").is_file():
+    if not _is_ours(folder):
         return False
     built_with = read_index(folder).built_with
     if all(built_with.get(name) == value for name, value in facts.items()):
@@ -167,17 +188,16 @@ def _is_built(folder: str, facts: dict[str, Any]) -> bool:
     return False
 
 
-def _weights_digest(backbone: Backbone) -> str:
-    """SHA-256 of the policy's weight files."""
+def _policy_facts(backbone: Backbone) -> dict[str, Any]:
+    """Which policy it is: the SHA-256 of its folder's files (weights, tokenizer, template), or its name on the hub."""
+    folder = Path(getattr(backbone, "path", ""))
+    template = getattr(backbone, "chat_template", None)
+    if not folder.is_dir():
+        return {"policy": str(folder), "revision": getattr(backbone, "revision", None), "chat_template": template}
     digest = hashlib.sha256()
-    for file in sorted(Path(getattr(backbone, "path", ".")).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _first_pairs(folder: str, backbone: Backbone, count: int = 4) -> list[PreferenceSample]:
-    dataset = ShardDataset(folder, backbone)
-    return [dataset.decode(index) for index in range(min(count, len(dataset)))]
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return {"policy_sha256": digest.hexdigest(), "chat_template": template}
 
 
 def draw_pairs(samples: Sequence[PreferenceSample]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,6 +47,7 @@ class RDPOModule(pl.LightningModule):
 
     Logged under ``train/`` and ``val/``: ``loss``, ``rewards/{chosen,rejected,margins,accuracies}``,
     ``rewards/{visual,visual_margins,visual_accuracies}`` and ``logps/{chosen,rejected,visual}``, the names of TRL.
+    Training values are means over an optimizer step, over accumulated batches and ranks.
     Validation scores all three views also when ``visual_weight`` is 0, so that DPO and rDPO can be compared.
 
     Checkpoints hold what was trained (the adapter, or every trainable weight) and plain hyperparameters that describe
@@ -88,6 +90,7 @@ class RDPOModule(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._policy: nn.Module | None = None
         self._reference: Reference | None = None
+        self._window = _Window()
         self._describe()
 
     def _describe(self) -> None:
@@ -162,38 +165,43 @@ class RDPOModule(pl.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples."""
-        return self._step(batch, "train", self.loss.views) * _share_of_rank(batch.weights)
+        values = self._score_losses(batch, self.loss.views)
+        self._window.add({name: value.detach() for name, value in values.items()}, batch.weights)
+        return _mean(values["loss"], batch.weights) * _share_of_rank(batch.weights)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the means over every sample of this optimizer step: all accumulated batches of all ranks."""
+        for name, value in self._window.flush().items():
+            self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name in _PROGRESS_BAR)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The same on held-out samples, all three views."""
-        return self._step(batch, "val", VIEWS if self.loss.needs_reference else self.loss.views)
-
-    def _step(self, batch: PreferenceBatch, stage: str, views: Sequence[ViewName]) -> Tensor:
-        policy, reference = self.score(batch, views, self.loss.needs_reference)
-        output = self.loss(policy, reference, response_lengths(batch))
-        per_sample = {"loss": output.losses, **reward_metrics(output)}
-        per_sample |= {f"logps/{view}": value.detach() for view, value in policy.items()}
-        means = {name: self._mean(value, batch.weights) for name, value in per_sample.items()}
+        values = self._score_losses(batch, VIEWS if self.loss.needs_reference else self.loss.views)
+        means = {name: _mean(value, batch.weights) for name, value in values.items()}
+        size = int(batch.weights.sum())
         for name, value in means.items():
-            self.log(
-                f"{stage}/{name}",
-                value.detach(),
-                prog_bar=name in _PROGRESS_BAR,
-                batch_size=int(batch.weights.sum()),
-                sync_dist=stage == "val",
-            )
+            self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=size, sync_dist=True)
         return means["loss"]
 
-    @staticmethod
-    def _mean(values: Tensor, weights: Tensor) -> Tensor:
-        return (values * weights).sum() / weights.sum().clamp(min=1)
+    def _score_losses(self, batch: PreferenceBatch, views: Sequence[ViewName]) -> dict[str, Tensor]:
+        """Loss and what is logged beside it, (B,) each."""
+        policy, reference = self.score(batch, views, self.loss.needs_reference)
+        output = self.loss(policy, reference, response_lengths(batch))
+        log_probs = {f"logps/{view}": value for view, value in policy.items()}
+        return {"loss": output.losses, **reward_metrics(output), **log_probs}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what is trainable, and the schedule over the run's estimated steps."""
         optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.make_scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "lr_scheduler spans the whole run, but the Trainer has no limit of steps: set max_steps or max_epochs, "
+                "or lr_scheduler=None."
+            )
+        scheduler = self.make_scheduler(optimizer, max(1, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- use
@@ -291,11 +299,40 @@ class RDPOModule(pl.LightningModule):
             )
 
 
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
+class _Window:
+    """Weighted means over the batches of one optimizer step, on all ranks."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, values: Mapping[str, Tensor], weights: Tensor) -> None:
+        self._names = list(values)
+        sums = torch.stack([weights.sum(), *((value * weights).sum() for value in values.values())])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def flush(self) -> dict[str, Tensor]:
+        if self._sums is None:
+            return {}
+        weight, *sums = _sum_over_ranks(self._sums)
+        self._sums = None
+        return {name: value / weight.clamp(min=1) for name, value in zip(self._names, sums, strict=True)}
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def _share_of_rank(weights: Tensor) -> Tensor | float:
     """Weight of this rank's samples over that of a mean rank; below 1 where the last batches were filled up."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1.0
     total = weights.sum()
-    everywhere = total.clone()
-    torch.distributed.all_reduce(everywhere)
-    return total * torch.distributed.get_world_size() / everywhere.clamp(min=1)
+    return total * torch.distributed.get_world_size() / _sum_over_ranks(total).clamp(min=1)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import nn
 
+from realign_lightning.backbones.base import eval_mode
+
 ReferenceKind = Literal["auto", "adapter_off", "frozen_copy"]
 """``adapter_off``: the policy's own weights with its adapter switched off, at no memory. ``frozen_copy``: a second set
 of weights, for full fine-tuning. ``auto``: the first if there is an adapter, else the second."""
@@ -37,13 +39,8 @@ class AdapterOff(Reference):
     @contextmanager
     def use(self, policy: nn.Module) -> Iterator[nn.Module]:
         """The policy, its adapter disabled and dropout off inside the block."""
-        was_training = policy.training
-        policy.eval()
-        try:
-            with policy.disable_adapter():  # type: ignore[operator]
-                yield policy
-        finally:
-            policy.train(was_training)
+        with eval_mode(policy), policy.disable_adapter():  # type: ignore[operator]
+            yield policy
 
 
 class FrozenCopy(Reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +12,15 @@ from PIL import Image
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.shards import ShardWriter
+from realign_lightning.data.schema import check_source
+from realign_lightning.data.shards import ShardWriter, refuse_existing
 from realign_lightning.preferences.accept import Similarity, WordOverlap
 from realign_lightning.preferences.induce import Inducer, InductionRequest
 from realign_lightning.preferences.mask import MaskedResponse, Masker
 from realign_lightning.preferences.retrieve import ImageIndex, Neighbour, embed_images
-from realign_lightning.types import PreferenceSample, Prompt
+from realign_lightning.types import PreferenceSample, Prompt, SampleError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class BuildReport:
         pairs: samples that became pairs.
         nothing_to_mask: samples whose answer held nothing to mask.
         exhausted: samples none of whose retrieved images gave a different enough answer.
+        unusable: samples that break the shard contract, each named in the log.
         mean_rank: mean rank of the retrieved image of a pair, from 0.
         mean_similarity: mean similarity of chosen and rejected response.
     """
@@ -53,6 +58,7 @@ class BuildReport:
     exhausted: int
     mean_rank: float
     mean_similarity: float
+    unusable: int = 0
 
 
 @dataclass
@@ -124,6 +130,9 @@ class PreferenceBuilder:
             ValueError: when keys repeat, an image is missing, or there are fewer than two images.
         """
         self._check(samples, images)
+        usable = [sample for sample in samples if self._is_usable(sample, images[sample.image_id])]
+        unusable = len(samples) - len(usable)
+        samples = usable
         ids = sorted(images)
         embeddings = embed_images(backbone, model, [images[image_id] for image_id in ids], self.batch_size)
         neighbours = dict(zip(ids, ImageIndex(ids, embeddings).neighbours(self.top_k), strict=True))
@@ -140,7 +149,8 @@ class PreferenceBuilder:
             if pending:
                 accepted |= self._try_rank(backbone, model, pending, images, rank)
         made = [accepted[sample.key] for sample in samples if sample.key in accepted]
-        return made, _report(made, len(samples) - masked_samples, masked_samples - len(made))
+        report = _report(made, len(samples) - masked_samples, masked_samples - len(made))
+        return made, replace(report, unusable=unusable)
 
     def build(
         self,
@@ -150,6 +160,7 @@ class PreferenceBuilder:
         images: Mapping[str, Image.Image],
         folder: str | Path,
         built_with: Mapping[str, object] | None = None,
+        overwrite: bool = False,
     ) -> BuildReport:
         """Make the pairs and write them as shards.
 
@@ -160,13 +171,32 @@ class PreferenceBuilder:
             images: see :meth:`pairs`.
             folder: where the shards go.
             built_with: plain facts to store in the index beside the report.
+            overwrite: replace shards that are already in the folder.
+
+        Raises:
+            FileExistsError: if the folder already holds shards and ``overwrite`` is False; before any work is done.
+            ValueError: as :meth:`pairs`, and when no pair came out; the folder is left as it was.
         """
+        refuse_existing(folder, overwrite)
+        # A place that cannot be written to must show before hours of work, not after.
+        Path(folder).mkdir(parents=True, exist_ok=True)
         made, report = self.pairs(backbone, model, samples, images)
+        if not made:
+            raise ValueError(f"No pair came out, nothing was written to {folder}: {report}. Try a higher `tau`.")
         facts = {**(built_with or {}), "tau": self.tau, "top_k": self.top_k, "report": asdict(report)}
-        with ShardWriter(folder, built_with=facts, overwrite=True) as writer:
+        with ShardWriter(folder, built_with=facts, overwrite=overwrite) as writer:
             for pair in made:
                 writer.write(pair)
         return report
+
+    @staticmethod
+    def _is_usable(sample: SourceSample, image: Image.Image) -> bool:
+        try:
+            check_source(sample.key, sample.prompt, sample.chosen, image)
+        except SampleError as error:
+            log.warning("sample left out: %s (%s)", sample.key, error)
+            return False
+        return True
 
     @staticmethod
     def _check(samples: Sequence[SourceSample], images: Mapping[str, Image.Image]) -> None:
@@ -197,8 +227,9 @@ class PreferenceBuilder:
         similarities = self.similarity.compare([item.source.chosen for item in pending], completions)
         accepted = {}
         for item, completion, similarity in zip(pending, completions, similarities, strict=True):
-            if completion.strip() and completion != item.source.chosen and similarity < self.tau:
-                source, neighbour = item.source, item.neighbours[rank]
+            source, neighbour = item.source, item.neighbours[rank]
+            differs = completion.strip() and completion.strip() != source.chosen.strip() and similarity < self.tau
+            if differs and _is_writable(completion):
                 accepted[source.key] = PreferenceSample(
                     key=source.key,
                     image=images[source.image_id],
@@ -216,6 +247,11 @@ class PreferenceBuilder:
                     },
                 )
         return accepted
+
+
+def _is_writable(completion: str) -> bool:
+    """Models can emit characters that no JSON text may hold."""
+    return "\0" not in completion and not any("\ud800" <= character <= "\udfff" for character in completion)
 
 
 def _same(images: Mapping[str, Image.Image], image_id: str, other: Neighbour) -> bool:

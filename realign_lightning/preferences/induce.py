@@ -98,7 +98,7 @@ class Inducer:
             description: text beside the progress bar.
 
         Returns:
-            One completion per request.
+            One completion per request; an empty text where ``max_new_tokens`` were too few.
         """
         completions: list[str] = [""] * len(requests)
         # Rows of like length share a batch, so that little of it is padding.
@@ -125,7 +125,8 @@ class Inducer:
             ]
             forcing = ForcedInfill(rows, inputs["input_ids"].shape[1], backbone.pad_token_id)
             settings["logits_processor"] = LogitsProcessorList([forcing])
-        return backbone.generate(model, inputs, **settings)
+        # A completion that was cut would teach the policy to tell answers by their length.
+        return backbone.generate(model, inputs, drop_unfinished=True, **settings)
 
     def _ask(self, request: InductionRequest) -> Prompt:
         if request.masked.is_whole:

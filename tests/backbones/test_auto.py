@@ -80,6 +80,9 @@ def test_chat_messages_and_plain_text_agree(backbone):
     [
         ({"chosen": "a <image> cat"}, "image token"),
         ({"prompt": "what is <image> this?"}, "image token"),
+        ({"chosen": "yes </s> no."}, "response contains the special token '</s>'"),
+        ({"rejected": "no. </s>"}, "response contains the special token '</s>'"),
+        ({"prompt": "a </s> USER: b"}, "prompt contains the special token '</s>'"),
         ({"prompt": [{"role": "assistant", "content": "a cat."}]}, "user turn"),
     ],
 )
@@ -95,7 +98,7 @@ def test_only_the_response_is_cut(tiny_llava):
     cut = limited.encode_sample(sample(chosen="a red bus and a dog and a cat."))
     assert cut.chosen.tokens["input_ids"].tolist() == full.chosen.tokens["input_ids"][: before + 3].tolist()
     assert cut.chosen.truncated == len(full.chosen.response_mask) - before - 3
-    assert limited.collate([cut]).truncated == cut.chosen.truncated + cut.rejected.truncated + cut.visual.truncated
+    assert limited.collate([cut, full]).truncated == (cut.key,)
     with pytest.raises(SampleError, match="leaves no response token"):
         AutoBackbone(str(tiny_llava), max_length=before).encode_sample(sample())
 

@@ -173,7 +173,8 @@ def test_evaluation_compares_base_controls_and_policy(backbone, shards, tmp_path
     assert trainer.log_dir in printed
 
 
-def test_control_trains_from_the_same_base_on_the_same_batches(backbone, shards, tmp_path):
+@pytest.mark.parametrize("limit", [1.0, 1])
+def test_control_trains_from_the_same_base_on_the_same_batches(backbone, shards, tmp_path, limit):
     seen = {"rDPO": [], "SFT": []}
 
     class Watched(RDPOModule):
@@ -185,7 +186,13 @@ def test_control_trains_from_the_same_base_on_the_same_batches(backbone, shards,
     data = DualPreferenceDataModule(backbone, train=shards, batch_size=2)
     evaluation = Evaluation([Lengths(1)], controls={"SFT": SFTLoss()})
     trainer = pl.Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", callbacks=[evaluation], logger=False, max_steps=5, max_epochs=-1
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        callbacks=[evaluation],
+        logger=False,
+        max_steps=5,
+        max_epochs=-1,
+        limit_train_batches=limit,
     )
     trainer.fit(module, datamodule=data)
     assert seen["SFT"] == seen["rDPO"]

@@ -185,6 +185,7 @@ class _TwoRanks:
     """A trainer's view of rank 0 of two, whose peer has always met as many bad samples."""
 
     world_size, global_rank, training, root_device = 2, 0, True, torch.device("cpu")
+    current_epoch, global_step, sanity_checking = 0, 0, False
 
     def __init__(self):
         self.strategy = self
@@ -214,6 +215,19 @@ class TestSkipsOverRanks:
         else:
             data.on_before_batch_transfer(last, 0)
             assert data.trainer.sums == 1
+
+    def test_a_pass_that_ends_early_is_checked_and_forgotten_when_the_next_begins(self, tmp_path):
+        """Only half of each epoch is read: 1 bad sample of rank 0 and 1 of its peer, per epoch, never 4 together."""
+        bad_shard(tmp_path / "a.tar", 8, {2: {"json": b""}, 6: {"json": b""}})
+        data = module(tmp_path / "a.tar", batch_size=1, shuffle=False, max_bad_fraction=0.25)
+        data.trainer = _TwoRanks()
+        data.setup("fit")
+        first, second, *_ = data.train_dataloader()
+        for epoch in range(4):
+            data.trainer.current_epoch = epoch
+            for batch in (first, second):
+                data.on_before_batch_transfer(batch, 0)
+            assert data.trainer.sums == epoch
 
 
 class TestSkipLog:

@@ -1,3 +1,5 @@
+import csv
+import json
 import math
 import os
 import subprocess
@@ -8,12 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
 from realign_lightning.backbones import AutoBackbone, LoRA
-from realign_lightning.data import ShardWriter
+from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.conftest import picture, preference_samples
@@ -59,11 +62,10 @@ def trainer_of(folder, recorder=None, **settings) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[recorder] if recorder else [],
-        **{"max_epochs": 2, "enable_checkpointing": False, **settings},
+        **{"max_epochs": 2, "enable_checkpointing": False, "logger": False, **settings},
     )
 
 
@@ -284,6 +286,70 @@ def test_two_processes_train_what_one_does(tiny_llava, tmp_path):
     assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    rows = [csv_rows(tmp_path / "log" / devices / "metrics.csv", "train/loss") for devices in ("1", "2")]
+    assert len(rows[0]) == 4
+    for alone, together in zip(*rows, strict=True):
+        for name in ("train/loss", "train/logps/chosen", "train/rewards/accuracies"):
+            assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
+    for devices in ("1", "2"):
+        assert (tmp_path / "log" / devices / "answers" / "step=0.png").is_file()
+    reports = [json.loads((tmp_path / "log" / devices / "evaluation.json").read_text()) for devices in ("1", "2")]
+    assert reports[0]["base"] == reports[1]["base"]
+
+
+def csv_rows(path: Path, column: str) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if row.get(column)]
+
+
+def test_training_values_are_means_over_the_optimizer_step(backbone, tmp_path):
+    """With a rate of 0 the weights stay, so that what is logged for 2 x 2 samples must be the mean over those 4."""
+    frozen = module_of(backbone, optimizer=lambda weights: torch.optim.SGD(weights, lr=0.0), lr_scheduler=None)
+    samples = [backbone.encode_sample(sample) for sample in preference_samples(6)]
+    expected = []
+    for part in (samples[:4], samples[4:]):
+        policy, _ = frozen.score(backbone.collate(part))
+        expected.append(float(policy.chosen.detach().mean()))
+    logger = CSVLogger(tmp_path)
+    trainer = trainer_of(
+        tmp_path, logger=logger, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1, max_steps=2
+    )
+    trainer.fit(frozen, DataLoader(samples, batch_size=2, collate_fn=backbone.collate))
+    logged = [float(row["train/logps/chosen"]) for row in csv_rows(Path(logger.log_dir) / "metrics.csv", "train/loss")]
+    assert logged == pytest.approx(expected, abs=1e-4)
+    assert abs(expected[0] - expected[1]) > 0.1
+
+
+def test_scoring_leaves_every_submodule_in_its_mode(backbone, batch):
+    module = module_of(backbone, adapter=LoRA(r=4, alpha=8, dropout=0.5))
+    module.train()
+    module.policy.base_model.model.model.vision_tower.eval()
+    before = {name: part.training for name, part in module.named_modules()}
+    module.score(batch)
+    module.generate(["a"], [picture(0)], reference=True, max_new_tokens=2)
+    assert {name: part.training for name, part in module.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
+def test_a_schedule_needs_an_end(backbone, tmp_path):
+    with pytest.raises(ValueError, match="set max_steps or max_epochs"):
+        trainer_of(tmp_path, max_epochs=-1, max_time="00:00:00:30").fit(module_of(backbone), loader_of(backbone))
+
+
+def test_responses_that_were_cut_are_counted_and_told_once(tiny_llava, tmp_path, caplog):
+    """Samples of four texts each; only one pair of texts holds a response of more than 12 words or so."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        for sample in preference_samples(4):
+            writer.write(sample)
+    whole = AutoBackbone(str(tiny_llava))
+    encoded = [whole.encode_sample(sample) for sample in preference_samples(4)]
+    longest = {item.key: max(len(item.chosen.response_mask), len(item.rejected.response_mask)) for item in encoded}
+    limit = sorted(longest.values())[1]
+    data = DualPreferenceDataModule(AutoBackbone(str(tiny_llava), max_length=limit), str(tmp_path / "shards"))
+    trainer_of(tmp_path).fit(module_of(whole), datamodule=data)
+    assert data.truncated["train"] == {key for key, length in longest.items() if length > limit}
+    assert len(data.truncated["train"]) == 2
+    assert caplog.text.count("longer than the backbone's max_length") == 1
 
 
 def test_sft_control_needs_neither_reference_nor_other_views(backbone, tmp_path):

@@ -83,6 +83,40 @@ def test_nothing_is_lost_without_a_count(backbone, model):
     assert (report.nothing_to_mask, report.exhausted) == (1, 4)
 
 
+def test_what_no_shard_could_hold_is_left_out_before_any_work(backbone, model, caplog):
+    bad = [
+        SourceSample("photo.jpg-0", "image0", "describe the image.", "a dog."),
+        SourceSample("nul", "image0", "describe\0", "a dog."),
+        SourceSample("empty", "image0", "describe the image.", " "),
+    ]
+    inducer = Scripted("a cat.")
+    pairs, report = builder(inducer).pairs(backbone, model, [*bad, SAMPLES[0]], IMAGES)
+    assert [pair.key for pair in pairs] == ["sample0"]
+    assert [len(requests) for requests in inducer.calls] == [1]
+    assert (report.pairs, report.unusable, report.exhausted) == (1, 3, 0)
+    for key in ("photo.jpg-0", "nul", "empty"):
+        assert key in caplog.text
+
+
+def test_completions_that_no_shard_could_hold_are_tried_on_the_next_image(backbone, model):
+    pairs, _ = builder(Scripted("a \0 cat.", "a \ud800 cat.", "a cat.")).pairs(backbone, model, SAMPLES[:1], IMAGES)
+    assert (pairs[0].rejected, pairs[0].provenance["retrieval_rank"]) == ("a cat.", 2)
+
+
+def test_existing_shards_are_kept_unless_told(backbone, model, tmp_path):
+    builder(Scripted("a cat.")).build(backbone, model, SAMPLES, IMAGES, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    inducer = Scripted("a bus.", *["a dog under the table."] * 10)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        builder(inducer).build(backbone, model, SAMPLES, IMAGES, tmp_path)
+    assert inducer.calls == []
+    with pytest.raises(ValueError, match="No pair came out"):
+        builder(inducer, tau=0.0).build(backbone, model, SAMPLES, IMAGES, tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    builder(Scripted("a bus.")).build(backbone, model, SAMPLES, IMAGES, tmp_path, overwrite=True)
+    assert ShardDataset(str(tmp_path), backbone).decode(0).rejected == "a bus."
+
+
 def test_an_image_with_the_same_pixels_is_passed_over(backbone, model):
     twins = {**IMAGES, "twin": IMAGES["image0"].copy()}
     pairs, _ = builder(Scripted("a cat.")).pairs(backbone, model, SAMPLES[:1], twins)

@@ -73,6 +73,17 @@ def test_infill_changes_masked_places_only(backbone, model, sample):
         assert re.fullmatch(re.sub("dog|table", f"({filler})", re.escape(response)), completion), completion
 
 
+def test_completions_that_were_cut_are_dropped(backbone, model):
+    """The forced text of the first takes more than 8 tokens, that of the second fewer; freeform stops in the middle."""
+    requests = [request("there is a dog under the table, seen from above."), request("a dog.")]
+    infill = Inducer("infill", instruction="{masked}", fillers=["cat"], max_new_tokens=8)
+    cut, whole = infill.complete(backbone, model, requests)
+    assert cut == ""
+    assert whole == "a cat."
+    assert backbone.generate(model, backbone.encode_prompts(["a"], [picture(0)]), max_new_tokens=2) != [""]
+    assert Inducer("freeform", max_new_tokens=2).complete(backbone, model, requests) == ["", ""]
+
+
 def test_infill_sampling_follows_the_policy(backbone, model):
     """Draws of the first filler occur as often as the policy's own probabilities, renormalised over first tokens."""
     one = request("dog runs")
