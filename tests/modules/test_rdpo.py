@@ -271,19 +271,25 @@ class TestCheckpoints:
         assert all(torch.equal(value, ours[name]) for name, value in plain.named_parameters())
 
 
-def test_two_processes_train_what_one_does(tiny_llava, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_train_what_one_does(tiny_llava, tmp_path, kind):
     """Seven samples in batches of 2 x 2 or 4: in the last step one rank holds two samples, the other one."""
     with ShardWriter(tmp_path / "shards") as writer:
         for sample in preference_samples(7):
             writer.write(sample)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(tiny_llava), str(tmp_path / "shards"), "2", str(tmp_path)]
+    arguments = [str(tiny_llava), str(tmp_path / "shards"), kind, "2", str(tmp_path)]
     command = [sys.executable, "-m", "tests.modules.two_processes", *arguments]
     subprocess.run(command, check=True, timeout=240, env=environment, cwd=Path(__file__).parents[2])  # noqa: S603
-    two_processes.main(str(tiny_llava), str(tmp_path / "shards"), 1, tmp_path)
+    two_processes.main(str(tiny_llava), str(tmp_path / "shards"), kind, 1, tmp_path)
     one, two = (torch.load(tmp_path / f"{devices}.ckpt", weights_only=True)["state_dict"] for devices in (1, 2))
     assert one.keys() == two.keys()
-    assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)
+    if kind == "lora":
+        assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)
+    else:
+        base = AutoModelForImageTextToText.from_pretrained(tiny_llava).state_dict()
+        moved = [(value - base[name.removeprefix("_policy.")]).abs().max() for name, value in one.items()]
+        assert max(moved) > 1e-3
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
     rows = [csv_rows(tmp_path / "log" / devices / "metrics.csv", "train/loss") for devices in ("1", "2")]

@@ -1,4 +1,4 @@
-"""Train an adapter on shards with one or two CPU processes and save it. Run by test_rdpo.py."""
+"""Train an adapter or a whole model on shards with one or two CPU processes. Run by test_rdpo.py."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,8 @@ from realign_lightning.losses import RDPOLoss
 from realign_lightning.modules import RDPOModule
 from tests.conftest import picture
 
+STRATEGIES = {"lora": "ddp_fork", "full": "ddp_fork_find_unused_parameters_true"}
+
 
 class Lengths(Benchmark):
     """Counts characters of three answers, which two processes cannot share evenly."""
@@ -27,18 +29,21 @@ class Lengths(Benchmark):
         return {"characters": float(sum(map(len, answers)))}
 
 
-def main(checkpoint: str, shards: str, devices: int, output: Path) -> None:
+def main(checkpoint: str, shards: str, kind: str, devices: int, output: Path) -> None:
     torch.manual_seed(0)
     backbone = AutoBackbone(checkpoint)
     data = DualPreferenceDataModule(backbone, shards, batch_size=4 // devices)
     module = RDPOModule(
-        backbone, RDPOLoss(), LoRA(4, 8, 0.0), optimizer=lambda weights: torch.optim.SGD(weights, lr=0.5)
+        backbone,
+        RDPOLoss(),
+        LoRA(4, 8, 0.0) if kind == "lora" else None,
+        optimizer=lambda weights: torch.optim.SGD(weights, lr=0.5 if kind == "lora" else 0.05),
     )
     trainer = Trainer(
         default_root_dir=output,
         accelerator="cpu",
         devices=devices,
-        strategy="ddp_fork" if devices > 1 else "auto",
+        strategy=STRATEGIES[kind] if devices > 1 else "auto",
         max_epochs=2,
         logger=CSVLogger(output, name="log", version=str(devices)),
         callbacks=[SampleAnswers(1, max_new_tokens=2), Evaluation([Lengths()])],
@@ -52,4 +57,4 @@ def main(checkpoint: str, shards: str, devices: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
