@@ -6,8 +6,10 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,14 +22,15 @@ COMMANDS = {"teach-digits": ("realign_lightning.demos.teach", "teach the policy 
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the folder that a logger made for this run; without a logger there is none.
+    """Writes ``config.yaml`` into the log folder of a run, unless that is the current folder.
 
-    Lightning would write into the current folder then, over a configuration of the user's.
+    Without a logger, and with loggers that have no folder per run, Lightning would write it over a configuration of the
+    user's.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save the configuration."""
-        if trainer.loggers:
+        if Path(trainer.log_dir or ".").resolve() != Path.cwd():
             super().setup(trainer, pl_module, stage)
 
 
@@ -75,6 +78,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
+
+
 def _configure_output() -> None:
     """Show our own messages, and keep silent about what no user can act on."""
     ours = logging.getLogger("realign_lightning")
@@ -90,20 +97,28 @@ def _configure_output() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # Lightning's words for a run without validation data, and its advertisements.
     warnings.filterwarnings("ignore", message="Total length of .list. across ranks is zero.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: " not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
 
 def main() -> None:
     """What the script ``realign-lightning`` runs: :func:`run` on the command line.
 
-    What a user can mend (values, files, data) ends in one message; ``REALIGN_TRACEBACK=1`` shows where it arose.
+    What this package refuses (values, files, data) ends in one message; ``REALIGN_TRACEBACK=1`` shows where it arose.
+    Errors from anywhere else keep their traceback.
     """
     try:
         run()
     except (ValueError, OSError, ImportError, BadDataError) as error:
-        if os.environ.get("REALIGN_TRACEBACK"):
+        if os.environ.get("REALIGN_TRACEBACK") or not _is_refusal(error):
             raise
-        sys.exit(f"error: {error}\n(REALIGN_TRACEBACK=1 shows where this arose.)")
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        sys.exit(f"error: {message}\n(REALIGN_TRACEBACK=1 shows where this arose.)")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error was raised by this package itself."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
 
 
 def run(args: Sequence[str] | None = None) -> RealignCLI | None:

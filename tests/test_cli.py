@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers.logger import DummyLogger
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -222,6 +223,14 @@ def fit_args(recipe_args: list[str], *more: str) -> list[str]:
     return ["fit", "--config", str(ROOT / "recipes" / "llava7b_lora.yaml"), *recipe_args, *more]
 
 
+class HereLogger(DummyLogger):
+    """Like WandbLogger, its folder is the current one."""
+
+    @property
+    def save_dir(self):
+        return "."
+
+
 class TestBadInput:
     @pytest.fixture
     def args(self, shards, tiny_llava, inside):
@@ -260,10 +269,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="nowhere"):
             main()
 
+    def test_errors_from_elsewhere_keep_their_traceback(self, args, monkeypatch):
+        def broken(*args, **kwargs):
+            raise ValueError("not this package's")
+
+        monkeypatch.setattr("realign_lightning.cli.run", broken)
+        with pytest.raises(ValueError, match="not this package's"):
+            main()
+
     def test_a_configuration_in_the_current_folder_is_never_overwritten(self, args, inside):
         (inside / "config.yaml").write_text("# my own\nseed_everything: 1\n")
         quiet = ["--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.default_root_dir", "."]
         run(fit_args(args, "--config", "config.yaml", *quiet))
+        wandb_like = ["--trainer.logger", "tests.test_cli.HereLogger", "--trainer.callbacks", "null"]
+        run(fit_args(args, "--config", "config.yaml", *wandb_like))
         assert (inside / "config.yaml").read_text() == "# my own\nseed_everything: 1\n"
 
     def test_missing_shards(self, args):

@@ -494,7 +494,7 @@ _IMAGE_PARTS = ("vision_tower", "visual", "vision_model", "multi_modal_projector
 
 
 def _is_cut(sample: EncodedSample) -> bool:
-    return bool(sample.chosen.truncated or sample.rejected.truncated)
+    return any(getattr(sample, view).truncated for view in VIEWS)
 
 
 def _pad_and_cat(tensors: Sequence[Tensor]) -> Tensor:

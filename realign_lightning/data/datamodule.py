@@ -307,6 +307,11 @@ class DualPreferenceDataModule(LightningDataModule):
 def _folder(source: str | list[str]) -> str:
     if not isinstance(source, str):
         raise ValueError(f"builder makes one folder per split: expected one path in train and in val, got {source!r}")
+    if source.endswith(".tar") or set(source) & set("*?["):
+        raise ValueError(
+            f"builder makes folders, but {source!r} names shards that exist. To train on them, leave the builder out "
+            "(--data.builder null)."
+        )
     return source
 
 

@@ -171,6 +171,18 @@ def check_source(key: str, prompt: Prompt, chosen: str, image: Image.Image) -> N
     _check_prompt(prompt)
     _check_text(chosen, "chosen")
     _check_plain({"prompt": prompt, "chosen": chosen}, "the sample")
+    check_picture(image)
+
+
+def check_picture(image: Image.Image) -> None:
+    """Check that an image can be stored in a shard.
+
+    Args:
+        image: any picture.
+
+    Raises:
+        SampleError: if it is too large, too elongated, animated, or of a pixel mode without a faithful RGB form.
+    """
     _check_picture(image)
     if image.mode not in _MODES:
         raise SampleError(f"pixel mode {image.mode!r} has no faithful RGB form; expected one of {_MODES}")

@@ -163,6 +163,10 @@ class RDPOModule(pl.LightningModule):
                 reference = score(self.backbone, model, batch, views, images if share else None)
         return score(self.backbone, self.policy, batch, views, images), reference
 
+    def on_train_start(self) -> None:
+        """Forget what an interrupted run left unlogged."""
+        self._window = _Window()
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples."""
         values = self._score_losses(batch, self.loss.views)

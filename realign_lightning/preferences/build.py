@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.schema import check_source
+from realign_lightning.data.schema import check_picture, check_source
 from realign_lightning.data.shards import ShardWriter, refuse_existing
 from realign_lightning.preferences.accept import Similarity, WordOverlap
 from realign_lightning.preferences.induce import Inducer, InductionRequest
@@ -130,10 +130,10 @@ class PreferenceBuilder:
             ValueError: when keys repeat, an image is missing, or there are fewer than two images.
         """
         self._check(samples, images)
-        usable = [sample for sample in samples if self._is_usable(sample, images[sample.image_id])]
+        usable = [sample for sample in samples if _is_usable(backbone, sample, images[sample.image_id])]
         unusable = len(samples) - len(usable)
         samples = usable
-        ids = sorted(images)
+        ids = [image_id for image_id in sorted(images) if _is_storable(image_id, images[image_id])]
         embeddings = embed_images(backbone, model, [images[image_id] for image_id in ids], self.batch_size)
         neighbours = dict(zip(ids, ImageIndex(ids, embeddings).neighbours(self.top_k), strict=True))
         pending = []
@@ -190,15 +190,6 @@ class PreferenceBuilder:
         return report
 
     @staticmethod
-    def _is_usable(sample: SourceSample, image: Image.Image) -> bool:
-        try:
-            check_source(sample.key, sample.prompt, sample.chosen, image)
-        except SampleError as error:
-            log.warning("sample left out: %s (%s)", sample.key, error)
-            return False
-        return True
-
-    @staticmethod
     def _check(samples: Sequence[SourceSample], images: Mapping[str, Image.Image]) -> None:
         if len({sample.key for sample in samples}) != len(samples):
             raise ValueError("Expected every sample key once; some repeat.")
@@ -247,6 +238,26 @@ class PreferenceBuilder:
                     },
                 )
         return accepted
+
+
+def _is_usable(backbone: Backbone, sample: SourceSample, image: Image.Image) -> bool:
+    """Whether shards can hold the sample and the policy can read it."""
+    try:
+        check_source(sample.key, sample.prompt, sample.chosen, image)
+        backbone.response_tokenizer(sample.prompt)([sample.chosen])
+    except SampleError as error:
+        log.warning("sample left out: %s (%s)", sample.key, error)
+        return False
+    return True
+
+
+def _is_storable(image_id: str, image: Image.Image) -> bool:
+    try:
+        check_picture(image)
+    except SampleError as error:
+        log.warning("image left out of retrieval: %s (%s)", image_id, error)
+        return False
+    return True
 
 
 def _is_writable(completion: str) -> bool:

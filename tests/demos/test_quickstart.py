@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from realign_lightning.backbones import AutoBackbone
-from realign_lightning.data import ShardWriter
+from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.demos import DigitBackbone, DigitPairs
 from realign_lightning.demos.quickstart import _policy_facts
 from tests.conftest import preference_samples
@@ -32,6 +32,12 @@ def test_shards_of_others_are_left_alone(tmp_path, finished):
     with pytest.raises(FileExistsError, match=r"--data\.builder null"):
         DigitPairs(scenes=4).build(NoModel(), str(tmp_path / "mine"), None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+@pytest.mark.parametrize("source", ["mine/*.tar", "mine/a.tar"])
+def test_a_builder_beside_named_shards_is_refused(source):
+    with pytest.raises(ValueError, match=r"--data\.builder null"):
+        DualPreferenceDataModule(NoModel(), train=source, builder=DigitPairs(scenes=4))
 
 
 def test_pairs_of_the_same_policy_and_settings_are_used_again(tmp_path):

@@ -326,6 +326,27 @@ def test_training_values_are_means_over_the_optimizer_step(backbone, tmp_path):
     assert abs(expected[0] - expected[1]) > 0.1
 
 
+def test_an_interrupted_step_leaves_nothing_in_the_next_runs_log(backbone, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise ZeroDivisionError
+
+    def still(logger, *callbacks):
+        return trainer_of(
+            tmp_path, *callbacks, logger=logger, max_steps=1, accumulate_grad_batches=2, log_every_n_steps=1
+        )
+
+    module = module_of(backbone, optimizer=lambda weights: torch.optim.SGD(weights, lr=0.0), lr_scheduler=None)
+    with pytest.raises(ZeroDivisionError):
+        still(False, Stop()).fit(module, loader_of(backbone, 4))
+    logger = CSVLogger(tmp_path)
+    samples = [backbone.encode_sample(sample) for sample in preference_samples(6)[2:]]
+    still(logger).fit(module, DataLoader(samples, batch_size=2, collate_fn=backbone.collate))
+    (row,) = csv_rows(Path(logger.log_dir) / "metrics.csv", "train/loss")
+    expected = float(module.score(backbone.collate(samples))[0].chosen.detach().mean())
+    assert float(row["train/logps/chosen"]) == pytest.approx(expected, abs=1e-4)
+
+
 def test_scoring_leaves_every_submodule_in_its_mode(backbone, batch):
     module = module_of(backbone, adapter=LoRA(r=4, alpha=8, dropout=0.5))
     module.train()

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from realign_lightning.backbones import AutoBackbone
 from realign_lightning.data import ShardDataset
@@ -88,14 +89,22 @@ def test_what_no_shard_could_hold_is_left_out_before_any_work(backbone, model, c
         SourceSample("photo.jpg-0", "image0", "describe the image.", "a dog."),
         SourceSample("nul", "image0", "describe\0", "a dog."),
         SourceSample("empty", "image0", "describe the image.", " "),
+        SourceSample("special", "image0", "describe the image.", "a dog </s> under the table."),
+        SourceSample("narrow", "narrow", "describe the image.", "a dog."),
     ]
+    images = {**IMAGES, "narrow": Image.new("RGB", (2, 1000)), "deep": Image.new("I", (8, 8))}
     inducer = Scripted("a cat.")
-    pairs, report = builder(inducer).pairs(backbone, model, [*bad, SAMPLES[0]], IMAGES)
+    pairs, report = builder(inducer, top_k=10).pairs(backbone, model, [*bad, SAMPLES[0]], images)
     assert [pair.key for pair in pairs] == ["sample0"]
     assert [len(requests) for requests in inducer.calls] == [1]
-    assert (report.pairs, report.unusable, report.exhausted) == (1, 3, 0)
-    for key in ("photo.jpg-0", "nul", "empty"):
-        assert key in caplog.text
+    assert (report.pairs, report.unusable, report.exhausted) == (1, 5, 0)
+    for key in ("photo.jpg-0", "nul", "empty", "special", "narrow"):
+        assert f"sample left out: {key} (" in caplog.text
+    for image_id in ("narrow", "deep"):
+        assert f"image left out of retrieval: {image_id} (" in caplog.text
+    exhausted = builder(Scripted(*["a dog under the table."] * 10))
+    exhausted.pairs(backbone, model, SAMPLES[:1], images)
+    assert len(exhausted.inducer.calls) == len(IMAGES) - 1, "neither bad image was retrieved"
 
 
 def test_completions_that_no_shard_could_hold_are_tried_on_the_next_image(backbone, model):
