@@ -149,10 +149,6 @@ class AutoBackbone(Backbone):
     def _special_tokens(self) -> list[str]:
         return list(self.tokenizer.all_special_tokens)
 
-    @cached_property
-    def _image_token_id(self) -> int:
-        return self._token_id(self.processor.image_token)
-
     def _token_id(self, token: object) -> int:
         return cast("int", self.tokenizer.convert_tokens_to_ids(str(token)))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
@@ -216,7 +216,7 @@ class DualPreferenceDataModule(LightningDataModule):
             BadDataError: if too many samples are bad.
         """
         if isinstance(batch, PreferenceBatch) and self.trainer is not None:
-            self._count("train" if self.trainer.training else "val", batch)
+            self._count(self.trainer, "train" if self.trainer.training else "val", batch)
         return batch
 
     @property
@@ -253,39 +253,34 @@ class DualPreferenceDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _count(self, split: str, batch: PreferenceBatch) -> None:
-        self._begin_pass_if_new(split)
-        skips = self._skips[split]
-        skips.add(batch.skipped)
+    def _count(self, trainer: Trainer, split: str, batch: PreferenceBatch) -> None:
+        self._begin_pass_if_new(trainer, split)
+        self._skips[split].add(batch.skipped)
         self._count_truncated(split, batch)
         self._batches[split] += 1
-        ends_pass = self._batches[split] == self._batches_per_pass(split)
-        is_alone = self.trainer is None or self.trainer.world_size == 1
-        if is_alone or ends_pass or self._batches[split] % _CHECK_EVERY == 0:
-            self._check_skips(split)
+        ends_pass = self._batches[split] == self._batches_per_pass(trainer, split)
+        if trainer.world_size == 1 or ends_pass or self._batches[split] % _CHECK_EVERY == 0:
+            self._check_skips(trainer, split)
 
-    def _begin_pass_if_new(self, split: str) -> None:
+    def _begin_pass_if_new(self, trainer: Trainer, split: str) -> None:
         """Passes may end early (limits, a step limit), so they are told apart by when they run, not by counting."""
-        if self.trainer is None:
-            return
-        trainer = self.trainer
         current: tuple[Any, ...] = (trainer.current_epoch,)
         if split == "val":
             current = (trainer.current_epoch, trainer.global_step, trainer.sanity_checking)
         if self._pass.get(split, current) != current:
-            self._check_skips(split)
+            self._check_skips(trainer, split)
             self._skips[split].begin_pass()
             self._batches[split] = 0
         self._pass[split] = current
 
-    def _check_skips(self, split: str) -> None:
+    def _check_skips(self, trainer: Trainer, split: str) -> None:
         """Compare this pass's bad samples, of all ranks together, with what is allowed; called in step on all ranks."""
         skips = self._skips[split]
-        met = float(skips.met)
-        if self.trainer is not None and self.trainer.world_size > 1:
-            everywhere = torch.tensor(met, device=self.trainer.strategy.root_device)
-            met = float(self.trainer.strategy.reduce(everywhere, reduce_op="sum"))
-        skips.check(int(met))
+        met = skips.met
+        if trainer.world_size > 1:
+            here = torch.tensor(float(met), device=trainer.strategy.root_device)
+            met = int(trainer.strategy.reduce(here, reduce_op="sum"))
+        skips.check(met)
 
     def _count_truncated(self, split: str, batch: PreferenceBatch) -> None:
         new = set(batch.truncated) - self._truncated[split]
@@ -298,10 +293,9 @@ class DualPreferenceDataModule(LightningDataModule):
             )
         self._truncated[split] |= new
 
-    def _batches_per_pass(self, split: str) -> int:
-        world_size = self.trainer.world_size if self.trainer else 1
+    def _batches_per_pass(self, trainer: Trainer, split: str) -> int:
         rows = self.batch_size if split == "train" else self.eval_batch_size
-        return -(-len(self._datasets[split]) // (rows * world_size))
+        return -(-len(self._datasets[split]) // (rows * trainer.world_size))
 
 
 def _folder(source: str | list[str]) -> str:

@@ -169,9 +169,23 @@ def check_source(key: str, prompt: Prompt, chosen: str, image: Image.Image) -> N
     except ValueError as error:
         raise SampleError(str(error)) from error
     _check_prompt(prompt)
-    _check_text(chosen, "chosen")
-    _check_plain({"prompt": prompt, "chosen": chosen}, "the sample")
+    _check_plain(prompt, "prompt")
+    check_response(chosen, "chosen")
     check_picture(image)
+
+
+def check_response(response: str, name: str) -> None:
+    """Check that a response can be stored in a shard.
+
+    Args:
+        response: the response.
+        name: what to call it in the error.
+
+    Raises:
+        SampleError: if it is empty or holds a character that no JSON text may hold.
+    """
+    _check_text(response, name)
+    _check_plain(response, name)
 
 
 def check_picture(image: Image.Image) -> None:
@@ -184,8 +198,7 @@ def check_picture(image: Image.Image) -> None:
         SampleError: if it is too large, too elongated, animated, or of a pixel mode without a faithful RGB form.
     """
     _check_picture(image)
-    if image.mode not in _MODES:
-        raise SampleError(f"pixel mode {image.mode!r} has no faithful RGB form; expected one of {_MODES}")
+    _check_mode(image)
 
 
 def load_json(data: bytes) -> Any:
@@ -280,8 +293,6 @@ def decode_image(data: bytes) -> Image.Image:
             return to_rgb(picture)
         except SampleError:
             raise
-        except UnidentifiedImageError as error:
-            raise SampleError("not a readable JPEG, PNG or WebP image") from error
         # Pillow's decoders raise almost any type on broken input; each means that this image cannot be read.
         except Exception as error:
             raise SampleError(f"not a readable JPEG, PNG or WebP image: {error or type(error).__name__}") from error
@@ -301,6 +312,8 @@ def image_extension(data: bytes) -> ImageFormat:
     """
     try:
         return _EXTENSIONS[_open_image(data).format or ""]
+    except SampleError:
+        raise
     except Exception as error:
         raise SampleError(f"not a readable JPEG, PNG or WebP image: {error or type(error).__name__}") from error
 
@@ -317,10 +330,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         SampleError: if its pixels have no faithful 8-bit form (32-bit integers, floats, keyed 16-bit transparency).
     """
-    if picture.mode not in _MODES:
-        raise SampleError(f"pixel mode {picture.mode!r} has no faithful RGB form; expected one of {_MODES}")
-    if picture.mode == "I;16" and picture.has_transparency_data:
-        raise SampleError("a 16-bit image with a transparent grey value is not supported")
+    _check_mode(picture)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "I;16":
         picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
@@ -504,7 +514,11 @@ def _kind(value: Any) -> str:
 
 
 def _open_image(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    try:
+        return Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    # Its own message holds nothing but an address in memory.
+    except UnidentifiedImageError as error:
+        raise SampleError("not a readable JPEG, PNG or WebP image") from error
 
 
 def _check_picture(picture: Image.Image) -> None:
@@ -516,6 +530,13 @@ def _check_picture(picture: Image.Image) -> None:
     # A JPEG with several pictures (MPO) is a photo with previews or depth; the first one is the photo.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise SampleError("the image is animated; store a single frame")
+
+
+def _check_mode(picture: Image.Image) -> None:
+    if picture.mode not in _MODES:
+        raise SampleError(f"pixel mode {picture.mode!r} has no faithful RGB form; expected one of {_MODES}")
+    if picture.mode == "I;16" and picture.has_transparency_data:
+        raise SampleError("a 16-bit image with a transparent grey value is not supported")
 
 
 def _encode_image(picture: Image.Image, image_format: ImageFormat) -> bytes:

@@ -119,7 +119,7 @@ class DigitPairs(ShardBuilder):
             log.info("Using the pairs in %s.", ", ".join(folder for folder, _, _ in wanted))
             return
         for folder, _, _ in stale:
-            if not _is_ours(folder) and any(Path(folder).glob("*.tar")):
+            if _built_with(folder) is None and any(Path(folder).glob("*.tar")):
                 raise FileExistsError(
                     f"{folder} holds shards that this builder did not make, or did not finish. To train on your own, "
                     "leave the builder out (--data.builder null); to build here, give another folder or delete it."
@@ -162,7 +162,8 @@ class DigitPairs(ShardBuilder):
             top_k=self.top_k,
         )
         log.info("Building %s pairs from %d scenes into %s.", split, count, folder)
-        report = builder.build(backbone, model, samples, images, folder, facts, overwrite=_is_ours(folder))
+        ours = _built_with(folder) is not None
+        report = builder.build(backbone, model, samples, images, folder, facts, overwrite=ours)
         log.info("%s", report)
 
 
@@ -173,15 +174,18 @@ def _sources(name: str, scene: Scene, seed: int) -> Iterator[SourceSample]:
     yield SourceSample(f"{name}-question", name, question(digit), answer(scene, digit))
 
 
-def _is_ours(folder: str) -> bool:
-    """Whether a folder holds pairs of digit scenes, which may be built again."""
-    return (Path(folder) / "index.json").is_file() and read_index(folder).built_with.get("world") == _WORLD
+def _built_with(folder: str) -> dict[str, Any] | None:
+    """What the pairs of digit scenes in a folder were built with; None where there are none, or others."""
+    if not (Path(folder) / "index.json").is_file():
+        return None
+    built_with = dict(read_index(folder).built_with)
+    return built_with if built_with.get("world") == _WORLD else None
 
 
 def _is_built(folder: str, facts: dict[str, Any]) -> bool:
-    if not _is_ours(folder):
+    built_with = _built_with(folder)
+    if built_with is None:
         return False
-    built_with = read_index(folder).built_with
     if all(built_with.get(name) == value for name, value in facts.items()):
         return True
     log.info("The pairs in %s were built with other settings or another policy: building them again.", folder)

@@ -327,16 +327,19 @@ class _Window:
         return {name: value / weight.clamp(min=1) for name, value in zip(self._names, sums, strict=True)}
 
 
+def _world_size() -> int:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
 def _sum_over_ranks(values: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _world_size() > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)
     return values
 
 
-def _share_of_rank(weights: Tensor) -> Tensor | float:
+def _share_of_rank(weights: Tensor) -> Tensor:
     """Weight of this rank's samples over that of a mean rank; below 1 where the last batches were filled up."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1.0
     total = weights.sum()
-    return total * torch.distributed.get_world_size() / _sum_over_ranks(total).clamp(min=1)
+    return total * _world_size() / _sum_over_ranks(total).clamp(min=1)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.schema import check_picture, check_source
+from realign_lightning.data.schema import check_picture, check_response, check_source
 from realign_lightning.data.shards import ShardWriter, refuse_existing
 from realign_lightning.preferences.accept import Similarity, WordOverlap
 from realign_lightning.preferences.induce import Inducer, InductionRequest
@@ -130,9 +130,8 @@ class PreferenceBuilder:
             ValueError: when keys repeat, an image is missing, or there are fewer than two images.
         """
         self._check(samples, images)
-        usable = [sample for sample in samples if _is_usable(backbone, sample, images[sample.image_id])]
-        unusable = len(samples) - len(usable)
-        samples = usable
+        given = len(samples)
+        samples = [sample for sample in samples if _is_usable(backbone, sample, images[sample.image_id])]
         ids = [image_id for image_id in sorted(images) if _is_storable(image_id, images[image_id])]
         embeddings = embed_images(backbone, model, [images[image_id] for image_id in ids], self.batch_size)
         neighbours = dict(zip(ids, ImageIndex(ids, embeddings).neighbours(self.top_k), strict=True))
@@ -150,7 +149,7 @@ class PreferenceBuilder:
                 accepted |= self._try_rank(backbone, model, pending, images, rank)
         made = [accepted[sample.key] for sample in samples if sample.key in accepted]
         report = _report(made, len(samples) - masked_samples, masked_samples - len(made))
-        return made, replace(report, unusable=unusable)
+        return made, replace(report, unusable=given - len(samples))
 
     def build(
         self,
@@ -219,7 +218,7 @@ class PreferenceBuilder:
         accepted = {}
         for item, completion, similarity in zip(pending, completions, similarities, strict=True):
             source, neighbour = item.source, item.neighbours[rank]
-            differs = completion.strip() and completion.strip() != source.chosen.strip() and similarity < self.tau
+            differs = completion.strip() != source.chosen.strip() and similarity < self.tau
             if differs and _is_writable(completion):
                 accepted[source.key] = PreferenceSample(
                     key=source.key,
@@ -261,8 +260,12 @@ def _is_storable(image_id: str, image: Image.Image) -> bool:
 
 
 def _is_writable(completion: str) -> bool:
-    """Models can emit characters that no JSON text may hold."""
-    return "\0" not in completion and not any("\ud800" <= character <= "\udfff" for character in completion)
+    """Models can give nothing, or characters that no JSON text may hold."""
+    try:
+        check_response(completion, "rejected")
+    except SampleError:
+        return False
+    return True
 
 
 def _same(images: Mapping[str, Image.Image], image_id: str, other: Neighbour) -> bool:

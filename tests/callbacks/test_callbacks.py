@@ -15,9 +15,7 @@ from transformers import AutoModelForImageTextToText
 from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.callbacks import (
     AdapterExport,
-    Benchmark,
     Evaluation,
-    Question,
     Row,
     SampleAnswers,
     draw_rows,
@@ -26,7 +24,8 @@ from realign_lightning.callbacks import (
 from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.losses import SFTLoss
 from realign_lightning.modules import RDPOModule
-from tests.conftest import picture, preference_samples
+from tests.callbacks.helpers import Lengths
+from tests.conftest import preference_samples
 
 
 @pytest.fixture(scope="module")
@@ -133,23 +132,6 @@ def test_drawn_rows_show_their_images():
     assert drawn.height > draw_rows([Row([("a", image)], [("prompt", "short")])]).height
     with pytest.raises(ValueError, match="at least one"):
         draw_rows([])
-
-
-class Lengths(Benchmark):
-    """Counts characters; remembers what it was given."""
-
-    max_new_tokens = 6
-
-    def __init__(self, count: int = 5) -> None:
-        self.count = count
-        self.seen: list[list[str]] = []
-
-    def questions(self):
-        return [Question("a" * (index + 1), picture(index)) for index in range(self.count)]
-
-    def score(self, answers):
-        self.seen.append(list(answers))
-        return {"characters": float(sum(map(len, answers)))}
 
 
 def test_evaluation_compares_base_controls_and_policy(backbone, shards, tmp_path, capsys):

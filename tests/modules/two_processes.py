@@ -8,25 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from realign_lightning.backbones import AutoBackbone, LoRA
-from realign_lightning.callbacks import Benchmark, Evaluation, Question, SampleAnswers
+from realign_lightning.callbacks import Evaluation, SampleAnswers
 from realign_lightning.data import DualPreferenceDataModule
 from realign_lightning.losses import RDPOLoss
 from realign_lightning.modules import RDPOModule
-from tests.conftest import picture
+from tests.callbacks.helpers import Lengths
 
 STRATEGIES = {"lora": "ddp_fork", "full": "ddp_fork_find_unused_parameters_true"}
-
-
-class Lengths(Benchmark):
-    """Counts characters of three answers, which two processes cannot share evenly."""
-
-    max_new_tokens = 4
-
-    def questions(self):
-        return [Question("a" * (index + 1), picture(index)) for index in range(3)]
-
-    def score(self, answers):
-        return {"characters": float(sum(map(len, answers)))}
 
 
 def main(checkpoint: str, shards: str, kind: str, devices: int, output: Path) -> None:
@@ -46,7 +34,7 @@ def main(checkpoint: str, shards: str, kind: str, devices: int, output: Path) ->
         strategy=STRATEGIES[kind] if devices > 1 else "auto",
         max_epochs=2,
         logger=CSVLogger(output, name="log", version=str(devices)),
-        callbacks=[SampleAnswers(1, max_new_tokens=2), Evaluation([Lengths()])],
+        callbacks=[SampleAnswers(1, max_new_tokens=2), Evaluation([Lengths(3)])],
         enable_checkpointing=False,
         log_every_n_steps=1,
         enable_progress_bar=False,
