@@ -54,6 +54,7 @@ class PreferenceSample:
         rejected: the rejected response y_l.
         provenance: where the pair comes from (``image_id``, ``retrieved_id``, ``retrieval_rank``,
             ``retrieval_score``, ``response_similarity``, ``masked``); empty when unknown.
+        context: further images that the prompt shows before ``image``, the same in every view (RGB).
     """
 
     key: str
@@ -63,6 +64,7 @@ class PreferenceSample:
     chosen: str
     rejected: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    context: Sequence[Image.Image] = ()
 
 
 @dataclass(frozen=True)

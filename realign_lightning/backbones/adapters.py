@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from realign_lightning.backbones.base import Backbone
+from realign_lightning.backbones.base import Backbone, Part
 
 
 @dataclass
@@ -21,25 +24,34 @@ class LoRA:
         r: rank.
         alpha: scale; the update is multiplied by alpha / r.
         dropout: dropout before the low-rank update.
-        target_modules: regular expression of full module names; None takes every linear layer of the language model.
-        options: further arguments of ``peft.LoraConfig``, for example ``{"use_dora": true}``.
+        parts: whose linear layers are adapted; add ``vision_tower`` to adapt the tower too.
+        target_modules: regular expression of full module names, in place of ``parts``.
+        options: further arguments of ``peft.LoraConfig``, for example ``{"use_dora": true}`` or
+            ``{"use_rslora": true}``.
     """
 
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05
+    parts: list[Part] = field(default_factory=lambda: ["language_model"])
     target_modules: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def apply(self, backbone: Backbone, model: nn.Module) -> PeftModel:
-        """Wrap a model; afterwards only the adapter is trainable.
+    def apply(self, backbone: Backbone, model: nn.Module, trained_modules: Sequence[str] = ()) -> PeftModel:
+        """Wrap a model; afterwards only the adapter is trainable, and copies of ``trained_modules``.
+
+        The model keeps those modules as they were beside the trained copies, so that the model with its adapter off is
+        the model before training. Copies are trained in float32, whatever the model's dtype: steps of 1e-5 vanish in
+        16 bit.
 
         Args:
             backbone: the model's family.
             model: what ``backbone.load_model()`` returned.
+            trained_modules: names of modules that are trained in full beside the adapter, such as the projector.
 
         Raises:
-            ValueError: when the model already carries an adapter; two on top of each other train nothing useful.
+            ValueError: when the model already carries an adapter (two on top of each other train nothing useful), or
+                when ``target_modules`` names nothing.
         """
         if isinstance(model, PeftModel):
             raise ValueError("Expected a model without adapters, got a PeftModel: LoRA would be applied twice.")
@@ -47,7 +59,44 @@ class LoRA:
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.target_modules or backbone.language_linear_pattern(model),
+            target_modules=self.target_modules or backbone.linear_pattern(model, self.parts),
+            modules_to_save=list(trained_modules) or None,
             **self.options,
         )
-        return get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ValueError(
+                f"LoRA cannot be put on {type(model).__name__}: {error}\nLinear layers here end in {endings}; "
+                "`target_modules` has to match full names such as '.*language_model.*q_proj', or leave it null."
+            ) from error
+        for module in adapted.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                _train_in_float32(module.modules_to_save["default"])
+        return adapted
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Cast a module's weights to float32, and its inputs and outputs so that nobody around it notices."""
+
+    def cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        module._came_in = next((arg.dtype for arg in args if _is_floating(arg)), None)  # type: ignore[assignment]
+        # Under FSDP2 the gathered weights may be of a lower precision than the trained ones.
+        dtype = next(module.parameters()).dtype
+        return tuple(arg.to(dtype) if _is_floating(arg) else arg for arg in args)
+
+    def cast_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG001
+        came_in = module._came_in
+        return output.to(came_in) if _is_floating(output) and came_in is not None else output
+
+    if next(module.parameters()).dtype == torch.float32:
+        return
+    module.float()
+    module.register_forward_pre_hook(cast_inputs)
+    module.register_forward_hook(cast_output)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

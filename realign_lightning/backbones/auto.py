@@ -14,16 +14,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from realign_lightning.backbones.base import Backbone, ImageFeatures, eval_mode
+from realign_lightning.backbones.adapters import LoRA
+from realign_lightning.backbones.base import Backbone, ImageFeatures, Part, PromptImages, eval_mode
+from realign_lightning.backbones.features import RowFeatures
+from realign_lightning.backbones.sharded import read_shards, shard, take_over
 from realign_lightning.types import (
     VIEWS,
     EncodedSample,
@@ -149,6 +154,11 @@ class AutoBackbone(Backbone):
     def _special_tokens(self) -> list[str]:
         return list(self.tokenizer.all_special_tokens)
 
+    @cached_property
+    def image_token_id(self) -> int:
+        """The token that the processor writes once per image feature."""
+        return int(getattr(self.processor, "image_token_id", None) or self._token_id(self.processor.image_token))
+
     def _token_id(self, token: object) -> int:
         return cast("int", self.tokenizer.convert_tokens_to_ids(str(token)))
 
@@ -160,10 +170,10 @@ class AutoBackbone(Backbone):
         Raises:
             SampleError: when a text contains a special token, or the prompt leaves no room for a response.
         """
-        prompt = self._render_prompt(sample.prompt)
+        prompt = self._render_prompt(sample.prompt, 1 + len(sample.context))
         chosen, rejected = self._response_ids(prompt, [sample.chosen, sample.rejected])
-        tokens, image = self._encode_prompt(prompt, [sample.image])
-        visual_tokens, retrieved = self._encode_prompt(prompt, [sample.retrieved])
+        tokens, image = self._encode_prompt(prompt, [*sample.context, sample.image])
+        visual_tokens, retrieved = self._encode_prompt(prompt, [*sample.context, sample.retrieved])
         return EncodedSample(
             key=sample.key,
             chosen=self._with_response(tokens, chosen),
@@ -173,8 +183,8 @@ class AutoBackbone(Backbone):
             retrieved=retrieved,
         )
 
-    def _messages(self, prompt: Prompt) -> Sequence[Message]:
-        """The prompt as chat messages whose first user turn shows the image."""
+    def _messages(self, prompt: Prompt, num_images: int) -> Sequence[Message]:
+        """The prompt as chat messages; where none shows an image, the first user turn shows all."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         messages = [dict(message) for message in prompt]
@@ -186,9 +196,12 @@ class AutoBackbone(Backbone):
         parts = [part for message in messages for part in message["content"]]
         for part in parts:
             self._check_plain(part.get("text", ""), "prompt")
-        if not any(part.get("type") == "image" for part in parts):
+        shown = sum(part.get("type") == "image" for part in parts)
+        if not shown:
             first = next(message for message in messages if message["role"] == "user")
-            first["content"] = [{"type": "image"}, *first["content"]]
+            first["content"] = [*[{"type": "image"}] * num_images, *first["content"]]
+        elif shown != num_images:
+            raise SampleError(f"the prompt shows {shown} images, but {num_images} are given")
         return messages
 
     def _check_plain(self, text: str, name: str) -> None:
@@ -198,8 +211,8 @@ class AutoBackbone(Backbone):
                 kind = "image token" if token == self.processor.image_token else "special token"
                 raise SampleError(f"the {name} contains the {kind} {token!r} as text")
 
-    def _render_prompt(self, prompt: Prompt) -> _RenderedPrompt:
-        messages = self._messages(prompt)
+    def _render_prompt(self, prompt: Prompt, num_images: int = 1) -> _RenderedPrompt:
+        messages = self._messages(prompt, num_images)
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return _RenderedPrompt(messages, text)
 
@@ -237,7 +250,8 @@ class AutoBackbone(Backbone):
         """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
         encoded = self.processor(
             text=[prompt.text],
-            images=list(images),
+            # One list per text: families with several images per text ask for it.
+            images=[list(images)],
             add_special_tokens=self._takes_start_token(prompt.text),
             return_tensors="pt",
         )
@@ -253,6 +267,8 @@ class AutoBackbone(Backbone):
             else:
                 image_inputs[name] = value
         tokens.pop("attention_mask", None)
+        image_inputs[_TOKENS_PER_ROW] = (tokens["input_ids"] == self.image_token_id).sum()[None]
+        image_inputs[_IMAGES_PER_ROW] = torch.tensor([len(images)])
         return tokens, image_inputs
 
     def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -333,24 +349,26 @@ class AutoBackbone(Backbone):
         """Join image inputs along their first dimension; other dimensions are padded with zeros to the largest."""
         return {name: _pad_and_cat([inputs[name] for inputs in images]) for name in images[0]}
 
-    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Inputs for generation, one row per (prompt, image), padded on the left.
+    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[PromptImages]) -> dict[str, Tensor]:
+        """Inputs for generation, one row per (prompt, image or images), padded on the left.
 
         Raises:
             ValueError: when there are not as many images as prompts, or none at all.
         """
         if len(prompts) != len(images) or not prompts:
             raise ValueError(f"Expected one image per prompt, got {len(prompts)} prompts and {len(images)} images.")
+        shown = [[item] if isinstance(item, Image.Image) else list(item) for item in images]
         encoded = [
-            self._encode_prompt(self._render_prompt(prompt), [image])
-            for prompt, image in zip(prompts, images, strict=True)
+            self._encode_prompt(self._render_prompt(prompt, len(row)), row)
+            for prompt, row in zip(prompts, shown, strict=True)
         ]
         rows = [tokens for tokens, _ in encoded]
         length = max(len(row["input_ids"]) for row in rows)
         inputs = {name: self._pad([row[name] for row in rows], length, name, left=True) for name in rows[0]}
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         inputs["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
-        return {**inputs, **self._stack_images([image_inputs for _, image_inputs in encoded])}
+        stacked = self._stack_images([image_inputs for _, image_inputs in encoded])
+        return {**inputs, **{name: value for name, value in stacked.items() if name not in _COUNTS}}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated token ids, special tokens left out, outer white space stripped."""
@@ -364,22 +382,77 @@ class AutoBackbone(Backbone):
         Raises:
             ValueError: when the checkpoint is no image-text-to-text decoder that takes ``mm_encoder_outputs``.
         """
+        quantization = {"quantization_config": self._nf4()} if self.quantization == "nf4" else {}
+        return self._from_pretrained(**quantization)
+
+    def empty_model(self) -> PreTrainedModel:
+        """The model on the meta device, from its configuration alone; 4-bit layers are plain ones here.
+
+        Raises:
+            ValueError: as :meth:`load_model`.
+        """
+        dtype = self._torch_dtype()
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
+                self._config(),
+                dtype=None if dtype == "auto" else dtype,
+                attn_implementation=self.attn_implementation,
+            )
+        return self._checked(model)
+
+    def load_sharded(
+        self,
+        mesh: DeviceMesh,
+        adapter: LoRA | None = None,
+        trained_modules: Sequence[str] = (),
+        compute_dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Load the weights sharded over a mesh (FSDP2), each rank reading its own rows from the safetensors files.
+
+        Raises:
+            ValueError: for 4-bit weights, which FSDP cannot shard, and as :meth:`load_model`.
+        """
+        if self.quantization is not None:
+            raise ValueError(
+                "FSDP cannot shard 4-bit weights: set `quantization: null`, or keep 4 bit and use a strategy that "
+                "holds the whole model on every device (trainer.strategy: ddp)."
+            )
+        source: nn.Module = read_shards(self._from_pretrained, self.empty_model(), mesh)
+        target: nn.Module = self.empty_model()
+        if adapter is not None:
+            with torch.random.fork_rng(devices=[]):
+                target = adapter.apply(self, target, trained_modules)
+            # Real values of the adapter come from here, drawn as they would be without FSDP.
+            source = adapter.apply(self, source)
+        shard(self._inner(target), mesh, compute_dtype)
+        take_over(self._inner(target), self._inner(source))
+        target.train(False)
+        return target
+
+    def _config(self) -> PretrainedConfig:
+        """The checkpoint's configuration, if this class can serve it."""
         with self._naming_the_path():
-            config = AutoConfig.from_pretrained(self.path, revision=self.revision)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, revision=self.revision)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{self.path!r} is an encoder-decoder ({config.model_type}); only decoders are supported.")
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(
                 f"Expected {self.path!r} to be an image-text-to-text model, got {config.model_type!r}. "
                 "rDPO scores images: choose a vision-language checkpoint."
             )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{self.path!r} is an encoder-decoder ({config.model_type}); only decoders are supported.")
-        kwargs: dict[str, Any] = {"revision": self.revision, "dtype": self._torch_dtype()}
+        return config
+
+    def _from_pretrained(self, **kwargs: Any) -> PreTrainedModel:
+        self._config()
+        kwargs = {"revision": self.revision, "dtype": self._torch_dtype(), **kwargs}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
-        if self.quantization == "nf4":
-            kwargs["quantization_config"] = self._nf4()
         with self._naming_the_path():
             model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(self.path, **kwargs)
+        return self._checked(model)
+
+    @staticmethod
+    def _checked(model: PreTrainedModel) -> PreTrainedModel:
         if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(model).__name__} is not supported: it does not take `mm_encoder_outputs`, so that "
@@ -393,13 +466,16 @@ class AutoBackbone(Backbone):
 
     def _nf4(self) -> BitsAndBytesConfig:
         compute = torch.bfloat16 if self.dtype == "auto" else self._torch_dtype()
+        empty = self.empty_model()
+        quantised = re.compile(self.linear_pattern(empty))
+        linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
-            # Patterns match from the start of a module's name, and a list replaces the default that spares lm_head.
-            llm_int8_skip_modules=[*(f"model.{part}" for part in _IMAGE_PARTS), "lm_head"],
+            # Full names: patterns match from a name's start, and a list replaces the default that spares the head.
+            llm_int8_skip_modules=[name for name in linear if not quantised.fullmatch(name)],
         )
 
     @staticmethod
@@ -409,26 +485,28 @@ class AutoBackbone(Backbone):
 
     def encode_images(self, model: nn.Module, images: Mapping[str, Tensor]) -> ImageFeatures:
         """The model's own ``get_image_features`` on every image of the batch, in one call."""
-        core = self._inner(model).base_model
-        accepted = inspect.signature(core.get_image_features).parameters
-        return core.get_image_features(
-            **{name: value for name, value in images.items() if name in accepted}, return_dict=True
-        )
+        counts = [images[name].tolist() for name in _COUNTS]
+        return RowFeatures.cut(self._vision(model, images), images, *counts)
+
+    def _vision(self, model: nn.Module, images: Mapping[str, Tensor]) -> Any:
+        # The outermost transformers module: under FSDP2 only calls through the root gather weights.
+        encode = self._inner(model).get_image_features
+        accepted = inspect.signature(self._inner(model).base_model.get_image_features).parameters
+        return encode(**{name: value for name, value in images.items() if name in accepted}, return_dict=True)
 
     def join_images(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Image inputs of two batches as one batch, those of ``first`` in front."""
         return self._stack_images([first, second])
 
     def select_images(self, features: ImageFeatures, rows: Sequence[int]) -> ImageFeatures:
-        """Features of the images ``rows``, in that order; only what the language model reads is kept."""
-        return type(features)(pooler_output=[features.pooler_output[row] for row in rows])
+        """Features of the rows ``rows`` of the batch that they were encoded from, in that order."""
+        return features.select(rows)
 
     def response_logits(
         self, model: nn.Module, tokens: Mapping[str, Tensor], features: ImageFeatures, keep: Tensor
     ) -> Tensor:
         """Logits at the positions of ``keep`` only; the vocabulary head sees nothing else."""
-        # transformers writes into the dictionary it is given: a fresh one per call.
-        output = model(**tokens, mm_encoder_outputs={"image": features}, logits_to_keep=keep, use_cache=False)
+        output = model(**tokens, **features.forward_inputs(), logits_to_keep=keep, use_cache=False)
         logits: Tensor = output.logits
         return logits
 
@@ -444,8 +522,12 @@ class AutoBackbone(Backbone):
         if not kwargs.get("do_sample", False):
             kwargs = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **kwargs}
         settings = {"pad_token_id": self.pad_token_id, "eos_token_id": list(self.end_token_ids), **kwargs}
-        with eval_mode(model), torch.inference_mode():
-            rows = model.generate(**inputs, **settings)  # type: ignore[operator]
+        tokens = {name: inputs[name] for name in _TOKEN_INPUTS if name in inputs}
+        # Not inference_mode: weights that FSDP gathers in it could not be trained on afterwards.
+        with eval_mode(model), torch.no_grad():
+            num_tokens = int((inputs["input_ids"] == self.image_token_id).sum())
+            features = RowFeatures.whole(self._vision(model, inputs), inputs, num_tokens)
+            rows = model.generate(**tokens, **features.forward_inputs(), **settings)  # type: ignore[operator]
         answers = rows[:, inputs["input_ids"].shape[1] :].tolist()
         finished = [not drop_unfinished or not set(row).isdisjoint(self.end_token_ids) for row in answers]
         return [self.decode(row) if done else "" for row, done in zip(answers, finished, strict=True)]
@@ -456,37 +538,74 @@ class AutoBackbone(Backbone):
         inputs = [self.processor.image_processor(images=[image], return_tensors="pt") for image in images]
         joined = {name: value.to(device) for name, value in self._stack_images(inputs).items()}
         with torch.inference_mode():
-            hidden = self.encode_images(model, joined).last_hidden_state
-        if hidden.ndim != 3 or len(hidden) != len(images):
-            raise ValueError(
-                f"Expected tower features of shape ({len(images)}, tokens, D), got {tuple(hidden.shape)}: this family "
-                "needs a backbone file of its own for image embeddings."
-            )
-        return F.normalize(hidden.float().mean(dim=1), dim=-1).cpu()
+            hidden = self._vision(model, joined).last_hidden_state
+            if hidden.ndim == 3 and len(hidden) == len(images):
+                means = hidden.float().mean(dim=1)
+            else:
+                # Several tiles or a varying number of patches per image: one image at a time tells them apart.
+                means = torch.stack([self._mean_feature(model, one) for one in inputs])
+        return F.normalize(means, dim=-1).cpu()
 
-    def image_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Parameters outside the language model and the head."""
-        language = {id(parameter) for parameter in self._inner(model).get_decoder().parameters()}
-        head = self._inner(model).get_output_embeddings()
-        language |= {id(parameter) for parameter in head.parameters()}
-        return (parameter for parameter in model.parameters() if id(parameter) not in language)
+    def _mean_feature(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        device = next(model.parameters()).device
+        hidden = self._vision(model, {name: value.to(device) for name, value in inputs.items()}).last_hidden_state
+        return cast("Tensor", hidden.float().reshape(-1, hidden.shape[-1]).mean(dim=0))
 
-    def language_linear_pattern(self, model: nn.Module) -> str:
-        """Pattern of the decoder's linear layers, 4-bit ones included."""
+    # ---- parts
+
+    def parts(self, model: nn.Module) -> dict[str, Part | None]:
+        """The part of every parameter, told from transformers' accessors and the names of its modules."""
         inner = self._inner(model)
-        decoder = inner.get_decoder()
-        prefix = next(name for name, module in inner.named_modules() if module is decoder)
-        leaves = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-        if not leaves:
-            raise ValueError(f"Found no linear layer in the language model of {type(inner).__name__}.")
-        return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, sorted(leaves)))})"
+        decoder = {id(parameter) for parameter in inner.get_decoder().parameters()}
+        head = {id(parameter) for parameter in inner.get_output_embeddings().parameters()} - decoder
+
+        def part(name: str, parameter: nn.Parameter) -> Part | None:
+            if id(parameter) in decoder:
+                return "language_model"
+            if id(parameter) in head:
+                return "head"
+            pieces = set(name.split("."))
+            if pieces & _UNUSED:
+                return None
+            return "projector" if pieces & _PROJECTORS else "vision_tower"
+
+        return {name: part(name, value) for name, value in model.named_parameters(remove_duplicate=False)}
+
+    def projector_modules(self, model: nn.Module) -> list[str]:
+        """The projector's modules, the items of module lists one by one."""
+        found = []
+        for name, module in self._inner(model).named_modules():
+            *_, last = name.split(".")
+            if last in _PROJECTORS:
+                items = isinstance(module, nn.ModuleList)
+                found += [f"{name}.{index}" for index in range(len(module))] if items else [name]
+        return found
+
+    def linear_pattern(self, model: nn.Module, parts: Sequence[Part] = ("language_model",)) -> str:
+        """Pattern of the linear layers of some parts, 4-bit ones included."""
+        inner = self._inner(model)
+        owner = self.parts(inner)
+        names = [
+            re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
+            for name, module in inner.named_modules()
+            if isinstance(module, nn.Linear) and owner[f"{name}.weight"] in parts
+        ]
+        if not names:
+            raise ValueError(f"Found no linear layer in {list(parts)} of {type(inner).__name__}.")
+        return "|".join(dict.fromkeys(names))
 
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """Names of processor outputs with one value per token; everything else describes images."""
 
-_IMAGE_PARTS = ("vision_tower", "visual", "vision_model", "multi_modal_projector", "connector", "aligner")
-"""What transformers calls the parts that turn an image into tokens, below ``model``."""
+_TOKENS_PER_ROW, _IMAGES_PER_ROW = _COUNTS = "num_image_tokens", "num_images"
+"""Counts that travel with the image inputs, one per row, so that features can be cut into rows."""
+
+_PROJECTORS = {"multi_modal_projector", "connector", "aligner", "merger", "deepstack_merger_list", "image_newline"}
+"""What transformers calls the parts between vision tower and language model."""
+
+_UNUSED = {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
+"""Parts of Janus that make images."""
 
 
 def _is_cut(sample: EncodedSample) -> bool:

@@ -10,15 +10,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from realign_lightning.types import EncodedSample, PreferenceBatch, PreferenceSample, Prompt
 
+PromptImages = Image.Image | Sequence[Image.Image]
+"""The image that a prompt shows, or several in the order of the prompt's image parts."""
+
 ImageFeatures = Any
 """Encoded images of a batch, opaque outside a backbone."""
+
+
+if TYPE_CHECKING:
+    from realign_lightning.backbones.adapters import LoRA
+
+Part = Literal["vision_tower", "projector", "language_model", "head"]
+"""A part of a vision-language model. ``projector`` is whatever turns the tower's features into the language model's
+embeddings (merger, connector, aligner); a head that shares the embeddings' weights is no part of its own."""
+
+PARTS: tuple[Part, ...] = get_args(Part)
+"""All parts."""
 
 
 @contextmanager
@@ -59,8 +75,11 @@ class Backbone(ABC):
         """Pad encoded samples on the right and join them into one batch."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Inputs for generation: one row per (prompt, image), padded on the left, ending where the answer begins."""
+    def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[PromptImages]) -> dict[str, Tensor]:
+        """Inputs for generation: one row per (prompt, image), padded on the left, ending where the answer begins.
+
+        An item of ``images`` is the prompt's image, or the sequence of its images.
+        """
 
     @abstractmethod
     def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -85,6 +104,34 @@ class Backbone(ABC):
     @abstractmethod
     def load_model(self) -> nn.Module:
         """Load the pretrained weights; returned in eval mode, every parameter as the files have it."""
+
+    def empty_model(self) -> nn.Module:
+        """The model on the meta device: every shape and layer type, no weights read.
+
+        Raises:
+            NotImplementedError: for families that cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot make its model without loading the weights.")
+
+    def load_sharded(
+        self,
+        mesh: DeviceMesh,
+        adapter: LoRA | None = None,
+        trained_modules: Sequence[str] = (),
+        compute_dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Load the weights sharded over the ranks of a mesh (FSDP2), no rank ever holding the whole model.
+
+        Args:
+            mesh: one-dimensional.
+            adapter: put on before the model is sharded.
+            trained_modules: what :meth:`LoRA.apply` trains beside the adapter.
+            compute_dtype: what weights are cast to when they are gathered; None leaves them.
+
+        Raises:
+            NotImplementedError: for families that cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot load its model sharded: use another strategy.")
 
     @abstractmethod
     def encode_images(self, model: nn.Module, images: Mapping[str, Tensor]) -> ImageFeatures:
@@ -118,9 +165,21 @@ class Backbone(ABC):
         """Mean-pooled, L2-normalised vision-tower features of images, (N, D) float32 on the CPU."""
 
     @abstractmethod
-    def image_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Parameters that :meth:`encode_images` uses: vision tower and projector, adapters on them included."""
+    def parts(self, model: nn.Module) -> dict[str, Part | None]:
+        """The part of every parameter by its name in ``model``; adapters belong to what they adapt.
+
+        None for what takes no part in answering, such as the image generator of Janus.
+        """
 
     @abstractmethod
-    def language_linear_pattern(self, model: nn.Module) -> str:
-        """Regular expression that fully matches the names of the language model's linear layers, never the head's."""
+    def projector_modules(self, model: nn.Module) -> list[str]:
+        """Names of the modules that make up the projector, each with a forward of its own."""
+
+    @abstractmethod
+    def linear_pattern(self, model: nn.Module, parts: Sequence[Part] = ("language_model",)) -> str:
+        """Regular expression that fully matches the names of the linear layers of some parts, never the head's."""
+
+    def image_parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Parameters that :meth:`encode_images` uses: vision tower and projector, adapters on them included."""
+        parts = self.parts(model)
+        return (value for name, value in model.named_parameters() if parts[name] in ("vision_tower", "projector"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,15 +15,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from realign_lightning.backbones.adapters import LoRA
-from realign_lightning.backbones.base import Backbone
+from realign_lightning.backbones.base import PARTS, Backbone, Part
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
 from realign_lightning.modules.hparams import component_spec
 from realign_lightning.modules.reference import Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
+from realign_lightning.modules.strategy import FSDP2Strategy, check_shapes
 from realign_lightning.scoring import encode_batch_images, response_lengths, score
 from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, Prompt, ViewName
 
@@ -54,17 +57,24 @@ class RDPOModule(pl.LightningModule):
     backbone, loss and adapter; :meth:`load_from_checkpoint` rebuilds the module from them. Optimizer and scheduler
     made in Python are not described: pass them again to train on.
 
+    Under :class:`~realign_lightning.modules.FSDP2Strategy` policy and reference are loaded and kept sharded.
+
     Args:
         backbone: model family and checkpoint.
         loss: preference loss; None is :class:`~realign_lightning.losses.RDPOLoss` with Eq. 1's defaults.
-        adapter: LoRA settings; None trains every weight.
+        adapter: LoRA settings; None is full fine-tuning.
+        trained_parts: parts of the model whose own weights are trained. Beside an adapter this can be the projector,
+            and None trains nothing else; without one None trains all parts.
+        part_learning_rates: learning rates of single parts in place of the optimizer's, for example
+            ``{"projector": 2e-5}``. An adapter's weights count to the part that they adapt.
         reference: what the policy is compared with, see :data:`~realign_lightning.modules.reference.ReferenceKind`.
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes the scheduler from the optimizer and the number of steps; None keeps the rate constant.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ValueError: for ``reference='adapter_off'`` without an adapter.
+        ValueError: for ``reference='adapter_off'`` without an adapter, parts that cannot be trained beside one, and
+            learning rates of unknown parts.
         TypeError: for a component that cannot be described by plain values.
     """
 
@@ -73,6 +83,8 @@ class RDPOModule(pl.LightningModule):
         backbone: Backbone,
         loss: PreferenceLoss | None = None,
         adapter: LoRA | None = None,
+        trained_parts: list[Part] | None = None,
+        part_learning_rates: dict[str, float] | None = None,
         reference: ReferenceKind = "auto",
         optimizer: OptimizerCallable = paper_adamw,
         lr_scheduler: SchedulerCallable | None = WarmupCosine,
@@ -84,6 +96,9 @@ class RDPOModule(pl.LightningModule):
         self.backbone = backbone
         self.loss: PreferenceLoss = RDPOLoss() if loss is None else loss
         self.adapter = adapter
+        self.trained_parts = trained_parts
+        self.part_learning_rates = dict(part_learning_rates or {})
+        self._check_parts()
         self.reference_kind = reference
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
@@ -92,6 +107,20 @@ class RDPOModule(pl.LightningModule):
         self._reference: Reference | None = None
         self._window = _Window()
         self._describe()
+
+    def _check_parts(self) -> None:
+        for name in ("trained_parts", "part_learning_rates"):
+            unknown = sorted(set(getattr(self, name) or ()) - set(PARTS))
+            if unknown:
+                raise ValueError(f"Expected `{name}` to name parts of {list(PARTS)}, got {unknown}.")
+        if self.trained_parts is not None and not self.trained_parts and self.adapter is None:
+            raise ValueError("Nothing to train: `trained_parts` is empty and there is no `adapter`.")
+        beside = set(self.trained_parts or ()) - {"projector"}
+        if self.adapter is not None and beside:
+            raise ValueError(
+                f"Expected `trained_parts` beside an adapter to be ['projector'], got {sorted(beside)} too. To train "
+                "other parts, adapt them (adapter.parts), or leave the adapter out."
+            )
 
     def _describe(self) -> None:
         """Keep plain hyperparameters: the command line's own, or the same form for a module made in Python."""
@@ -123,19 +152,65 @@ class RDPOModule(pl.LightningModule):
         return self._reference
 
     def configure_model(self) -> None:
-        """Load the backbone, fix the reference, put the adapter on. Lightning may call it several times."""
+        """Load policy and reference, sharded if the strategy has a device mesh. Lightning may call it several times.
+
+        Raises:
+            ValueError: if nothing would be trained, or the strategy cannot hold this model.
+        """
         if self._policy is not None:
             return
-        model = self.backbone.load_model()
-        self._reference = make_reference(self.reference_kind, model, has_adapter=self.adapter is not None)
+        mesh = self._mesh()
+        policy = self._load() if mesh is None else self._load_sharded(mesh)
         if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        if self.adapter is not None:
-            model = self.adapter.apply(self.backbone, model)
-        elif not any(parameter.requires_grad for parameter in model.parameters()):
+            inner: Any = policy.get_base_model() if self.adapter is not None else policy  # type: ignore[operator]
+            inner.activation_checkpointing_enable({"use_reentrant": False})
+        if not any(parameter.requires_grad for parameter in policy.parameters()):
             raise ValueError("Nothing to train: every weight is frozen. Set `adapter` (a 4-bit model needs one).")
         # Models come from disk in eval mode, and the Trainer leaves them in the mode that they are in.
-        self._policy = model.train(self.training)
+        self._policy = policy.train(self.training)
+
+    def _load(self) -> nn.Module:
+        model = self.backbone.load_model()
+        self._reference = make_reference(self.reference_kind, self.adapter is not None, lambda: copy.deepcopy(model))
+        if self.adapter is not None:
+            return self.adapter.apply(self.backbone, model, self._trained_modules(model))
+        return self._freeze(model)
+
+    def _load_sharded(self, mesh: DeviceMesh) -> nn.Module:
+        compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        self._reference = make_reference(
+            self.reference_kind,
+            self.adapter is not None,
+            lambda: self.backbone.load_sharded(mesh, compute_dtype=compute_dtype),
+        )
+        trained = self._trained_modules(self.backbone.empty_model())
+        return self._freeze(self.backbone.load_sharded(mesh, self.adapter, trained, compute_dtype))
+
+    def _trained_modules(self, model: nn.Module) -> list[str]:
+        """Modules trained in full beside an adapter."""
+        beside = self.adapter is not None and "projector" in (self.trained_parts or ())
+        return self.backbone.projector_modules(model) if beside else []
+
+    def _freeze(self, model: nn.Module) -> nn.Module:
+        """Freeze what full fine-tuning leaves alone; with an adapter PEFT has done so."""
+        if self.adapter is None:
+            wanted = PARTS if self.trained_parts is None else self.trained_parts
+            parts = self.backbone.parts(model)
+            for name, parameter in model.named_parameters():
+                # Integers are packed 4-bit weights.
+                parameter.requires_grad_(parts[name] in wanted and parameter.is_floating_point())
+        return model
+
+    def _mesh(self) -> DeviceMesh | None:
+        """The mesh to shard over, if the strategy has one."""
+        if self.device_mesh is None:
+            return None
+        if not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise ValueError(
+                f"Expected the strategy realign_lightning.modules.FSDP2Strategy, got "
+                f"{type(self.trainer.strategy).__name__}, whose checkpoints would have to hold every frozen weight."
+            )
+        return self.device_mesh["data_parallel"]
 
     @property
     def image_path_is_frozen(self) -> bool:
@@ -196,7 +271,7 @@ class RDPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what is trainable, and the schedule over the run's estimated steps."""
-        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        optimizer = self.make_optimizer(self._parameter_groups())
         if self.make_scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -207,6 +282,23 @@ class RDPOModule(pl.LightningModule):
             )
         scheduler = self.make_scheduler(optimizer, max(1, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[Any]:
+        """The trained parameters, those with a learning rate of their own in groups."""
+        parts = self.backbone.parts(self.policy)
+        trained = {name: value for name, value in self.policy.named_parameters() if value.requires_grad}
+        rates = self.part_learning_rates
+        unused = sorted(set(rates) - {parts[name] for name in trained})
+        if unused:
+            raise ValueError(f"`part_learning_rates` names parts of which nothing is trained: {unused}.")
+        if not rates:
+            return list(trained.values())
+        rest = [value for name, value in trained.items() if parts[name] not in rates]
+        groups = [
+            {"params": [value for name, value in trained.items() if parts[name] == part], "lr": rate}
+            for part, rate in rates.items()
+        ]
+        return [*groups, *([{"params": rest}] if rest else [])]
 
     # ---- use
 
@@ -243,6 +335,8 @@ class RDPOModule(pl.LightningModule):
             "backbone": self.backbone,
             "loss": self.loss,
             "adapter": self.adapter,
+            "trained_parts": self.trained_parts,
+            "part_learning_rates": self.part_learning_rates,
             "reference": self.reference_kind,
             "optimizer": self.make_optimizer,
             "lr_scheduler": self.make_scheduler,
@@ -290,17 +384,14 @@ class RDPOModule(pl.LightningModule):
             ValueError: if names or shapes of the weights differ from what this module trains.
         """
         self.configure_model()
-        shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if "state_dict" not in checkpoint:
+            # A sharded checkpoint: the strategy has loaded, and compared, its weights.
+            return
         trained = self._trained_names()
-        expected = {name: tuple(value.shape) for name, value in self.named_parameters() if name in trained}
-        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        if wrong:
-            name = wrong[0]
-            raise ValueError(
-                f"The checkpoint does not fit this module: {len(wrong)} of {len(expected)} trained weights differ. "
-                f"Expected {name!r} with shape {expected.get(name)}, got {shapes.get(name)}. "
-                "It was made with another backbone or adapter: use the recipe that made it."
-            )
+        check_shapes(
+            {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()},
+            {name: tuple(value.shape) for name, value in self.named_parameters() if name in trained},
+        )
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -33,7 +32,8 @@ class Reference(nn.Module):
 class AdapterOff(Reference):
     """The policy with its adapter off.
 
-    Exactly the model that training started from, as long as only the adapter is trained, or what PEFT keeps copies of.
+    Exactly the model that training started from: what is trained beside the adapter (the projector) is a copy, and the
+    module as it was is used while the adapter is off.
     """
 
     @contextmanager
@@ -47,12 +47,12 @@ class FrozenCopy(Reference):
     """A copy of the model as it was before training.
 
     Args:
-        model: what to copy; not changed.
+        model: the copy; frozen here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = model.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Stay in eval mode, whatever the module around it does."""
@@ -65,13 +65,13 @@ class FrozenCopy(Reference):
         yield self.model
 
 
-def make_reference(kind: ReferenceKind, model: nn.Module, has_adapter: bool) -> Reference:
+def make_reference(kind: ReferenceKind, has_adapter: bool, copy_model: Callable[[], nn.Module]) -> Reference:
     """Choose the reference for a model that is about to be trained.
 
     Args:
         kind: see :data:`ReferenceKind`.
-        model: the model before an adapter is put on it.
-        has_adapter: whether it will carry one.
+        has_adapter: whether the model carries an adapter.
+        copy_model: makes a second model with the weights that training starts from.
 
     Raises:
         ValueError: for ``adapter_off`` without an adapter.
@@ -80,4 +80,4 @@ def make_reference(kind: ReferenceKind, model: nn.Module, has_adapter: bool) -> 
         kind = "adapter_off" if has_adapter else "frozen_copy"
     if kind == "adapter_off" and not has_adapter:
         raise ValueError("reference='adapter_off' needs an adapter to switch off: set `adapter`, or use 'frozen_copy'.")
-    return AdapterOff() if kind == "adapter_off" else FrozenCopy(model)
+    return AdapterOff() if kind == "adapter_off" else FrozenCopy(copy_model())
