@@ -8,15 +8,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from realign_lightning.backbones.base import Backbone, ImageFeatures
+from realign_lightning.backbones.base import PARTS, Backbone, ImageFeatures, Part
 
 if TYPE_CHECKING:
     from realign_lightning.backbones.adapters import LoRA
     from realign_lightning.backbones.auto import AutoBackbone
+    from realign_lightning.backbones.paligemma import PaliGemmaBackbone
 
-_HOMES = {"AutoBackbone": "realign_lightning.backbones.auto", "LoRA": "realign_lightning.backbones.adapters"}
+_HOMES = {
+    "AutoBackbone": "realign_lightning.backbones.auto",
+    "LoRA": "realign_lightning.backbones.adapters",
+    "PaliGemmaBackbone": "realign_lightning.backbones.paligemma",
+}
 
-__all__ = ["AutoBackbone", "Backbone", "ImageFeatures", "LoRA"]
+__all__ = ["PARTS", "AutoBackbone", "Backbone", "ImageFeatures", "LoRA", "PaliGemmaBackbone", "Part"]
 
 
 def __getattr__(name: str) -> Any:

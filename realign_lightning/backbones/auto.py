@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PaliGemmaProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,8 +45,13 @@ from realign_lightning.types import (
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _RenderedPrompt(NamedTuple):
-    """A prompt as chat messages, and as the chat template writes it up to where the answer begins."""
+class RenderedPrompt(NamedTuple):
+    """A prompt as chat messages, and as the chat template writes it up to where the answer begins.
+
+    Args:
+        messages: with lists of parts as contents.
+        text: what the processor takes.
+    """
 
     messages: Sequence[Message]
     text: str
@@ -125,11 +131,19 @@ class AutoBackbone(Backbone):
                 f"Expected {self.path!r} to hold a processor for images and text, got {type(processor).__name__}. "
                 "rDPO needs a vision-language model."
             )
+        self._check_template(processor)
+        return processor
+
+    def _check_template(self, processor: Any) -> None:
+        if isinstance(processor, PaliGemmaProcessor):
+            raise ValueError(
+                f"{self.path!r} is a PaliGemma, which has no chat and attends to its prompt in both directions: set "
+                "class_path to realign_lightning.backbones.PaliGemmaBackbone."
+            )
         if self.chat_template is not None:
             processor.chat_template = self.chat_template
         if processor.chat_template is None:
             raise ValueError(f"The processor of {self.path!r} has no chat template: pass `chat_template`.")
-        return processor
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,8 +170,8 @@ class AutoBackbone(Backbone):
 
     @cached_property
     def image_token_id(self) -> int:
-        """The token that the processor writes once per image feature."""
-        return int(getattr(self.processor, "image_token_id", None) or self._token_id(self.processor.image_token))
+        """The token that stands for one image feature."""
+        return int(self._config().image_token_id)
 
     def _token_id(self, token: object) -> int:
         return cast("int", self.tokenizer.convert_tokens_to_ids(str(token)))
@@ -211,29 +225,37 @@ class AutoBackbone(Backbone):
                 kind = "image token" if token == self.processor.image_token else "special token"
                 raise SampleError(f"the {name} contains the {kind} {token!r} as text")
 
-    def _render_prompt(self, prompt: Prompt, num_images: int = 1) -> _RenderedPrompt:
+    def _render_prompt(self, prompt: Prompt, num_images: int = 1) -> RenderedPrompt:
         messages = self._messages(prompt, num_images)
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return _RenderedPrompt(messages, text)
+        return RenderedPrompt(messages, text)
 
-    def _render_responses(self, prompt: _RenderedPrompt, responses: Sequence[str]) -> list[str]:
+    def _render_responses(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[str]:
         """What the chat template appends for each answer, with its end-of-turn token."""
         answers = [{"role": "assistant", "content": [{"type": "text", "text": response}]} for response in responses]
         chats = [[*prompt.messages, answer] for answer in answers]
         rendered: list[str] = self.processor.apply_chat_template(chats, tokenize=False)
         return [self._ending(prompt, *pair) for pair in zip(responses, rendered, strict=True)]
 
-    def _ending(self, prompt: _RenderedPrompt, response: str, whole: str) -> str:
-        if not whole.startswith(prompt.text) or response.strip() not in whole[len(prompt.text) :]:
+    def _ending(self, prompt: RenderedPrompt, response: str, whole: str) -> str:
+        """What follows the generation prompt: the answer, and the token that ends a turn or a sequence."""
+        answer = response.strip()
+        asked = _without_spaces(prompt.text)
+        starts = (match.start() for match in re.finditer(re.escape(answer), whole))
+        start = next((start for start in starts if _without_spaces(whole[:start]) == asked), None)
+        if start is None:
             raise ValueError(
                 f"The chat template of {self.path!r} does not append the assistant's turn to the generation prompt, so "
                 f"that the response cannot be told from the prompt: {prompt.text!r} against {whole!r}. "
                 "Pass `chat_template`."
             )
-        after = whole[len(prompt.text) :].rstrip()
-        if not any(after.endswith(token) for token in self._special_tokens):
-            after += str(self.tokenizer.eos_token)
-        return after
+        before = whole[:start]
+        # Some templates put other white space before an answer than into the prompt that asks for it.
+        lead = before[len(prompt.text) :] if before.startswith(prompt.text) else ""
+        end = whole[start + len(answer) :].strip()
+        if not any(end.endswith(token) for token in self._special_tokens):
+            end = str(self.tokenizer.eos_token)
+        return f"{lead}{answer}{end}"
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered chats; templates that write the start token themselves get no second one."""
@@ -245,7 +267,7 @@ class AutoBackbone(Backbone):
         return start is None or not text.startswith(str(start))
 
     def _encode_prompt(
-        self, prompt: _RenderedPrompt, images: Sequence[Image.Image]
+        self, prompt: RenderedPrompt, images: Sequence[Image.Image]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
         encoded = self.processor(
@@ -267,6 +289,7 @@ class AutoBackbone(Backbone):
             else:
                 image_inputs[name] = value
         tokens.pop("attention_mask", None)
+        image_inputs.pop("labels", None)
         image_inputs[_TOKENS_PER_ROW] = (tokens["input_ids"] == self.image_token_id).sum()[None]
         image_inputs[_IMAGES_PER_ROW] = torch.tensor([len(images)])
         return tokens, image_inputs
@@ -284,7 +307,7 @@ class AutoBackbone(Backbone):
 
         return tokenize
 
-    def _response_ids(self, prompt: _RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
+    def _response_ids(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
         """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
         for response in responses:
             self._check_plain(response, "response")
@@ -489,9 +512,10 @@ class AutoBackbone(Backbone):
         return RowFeatures.cut(self._vision(model, images), images, *counts)
 
     def _vision(self, model: nn.Module, images: Mapping[str, Tensor]) -> Any:
-        # The outermost transformers module: under FSDP2 only calls through the root gather weights.
-        encode = self._inner(model).get_image_features
-        accepted = inspect.signature(self._inner(model).base_model.get_image_features).parameters
+        inner = self._inner(model)
+        accepted = inspect.signature(inner.base_model.get_image_features).parameters
+        # Through the outermost module where it can: under FSDP2 only that gathers weights.
+        encode = getattr(inner, "get_image_features", inner.base_model.get_image_features)
         return encode(**{name: value for name, value in images.items() if name in accepted}, return_dict=True)
 
     def join_images(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -585,10 +609,12 @@ class AutoBackbone(Backbone):
         """Pattern of the linear layers of some parts, 4-bit ones included."""
         inner = self._inner(model)
         owner = self.parts(inner)
+        # By identity: a head that shares the embeddings' weights counts to the language model.
+        head = inner.get_output_embeddings()
         names = [
             re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
             for name, module in inner.named_modules()
-            if isinstance(module, nn.Linear) and owner[f"{name}.weight"] in parts
+            if isinstance(module, nn.Linear) and module is not head and owner[f"{name}.weight"] in parts
         ]
         if not names:
             raise ValueError(f"Found no linear layer in {list(parts)} of {type(inner).__name__}.")
@@ -606,6 +632,10 @@ _PROJECTORS = {"multi_modal_projector", "connector", "aligner", "merger", "deeps
 
 _UNUSED = {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
 """Parts of Janus that make images."""
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def _is_cut(sample: EncodedSample) -> bool:

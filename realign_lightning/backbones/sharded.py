@@ -49,6 +49,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
     for _, block in named_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if not hasattr(model, "get_image_features"):
+        model.get_image_features = model.base_model.get_image_features  # type: ignore[union-attr]
     register_fsdp_forward_method(model, "get_image_features")
     # Ranks that finish an answer early go on gathering weights for the others.
     model._is_fsdp_managed_module = True  # type: ignore[assignment]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from realign_lightning.callbacks.samples import shares_one_model
 from realign_lightning.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -154,11 +155,13 @@ class Evaluation(pl.Callback):
         # Questions of one length in one batch: less padding.
         order = sorted(range(len(questions)), key=lambda index: len(str(questions[index].prompt)))
         mine = order[trainer.global_rank :: trainer.world_size]
-        starts = range(0, len(mine), self.batch_size)
+        most = -(-len(order) // trainer.world_size)
+        starts = range(0, most if shares_one_model(trainer) else len(mine), self.batch_size)
         label = f"evaluate {arm}: {type(benchmark).__name__}"
         answers: dict[int, str] = {}
         for start in tqdm(starts, desc=label, unit="batch", disable=not trainer.is_global_zero, leave=False):
-            rows = mine[start : start + self.batch_size]
+            # Ranks that share one model answer equally often: where one has nothing left, it repeats a question.
+            rows = mine[start : start + self.batch_size] or order[:1]
             texts = pl_module.generate(
                 [questions[row].prompt for row in rows],
                 [questions[row].image for row in rows],

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 
 from realign_lightning.callbacks.pictures import Row, draw_rows
@@ -55,7 +56,7 @@ class SampleAnswers(pl.Callback):
         self._show(trainer, pl_module)
 
     def _show(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        samples = self._samples(trainer) if trainer.is_global_zero else []
+        samples = self._samples(trainer) if trainer.is_global_zero or shares_one_model(trainer) else []
         if not samples:
             return
         answers = pl_module.generate(
@@ -63,8 +64,9 @@ class SampleAnswers(pl.Callback):
             [sample.image for sample in samples],
             max_new_tokens=self.max_new_tokens,
         )
-        picture = draw_rows([_row(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
-        log_picture(trainer, "answers", picture, self._folder)
+        if trainer.is_global_zero:
+            picture = draw_rows([_row(sample, answer) for sample, answer in zip(samples, answers, strict=True)])
+            log_picture(trainer, "answers", picture, self._folder)
 
     def _samples(self, trainer: pl.Trainer) -> list[PreferenceSample]:
         """The first usable samples of the first loader whose dataset can name them."""
@@ -75,6 +77,15 @@ class SampleAnswers(pl.Callback):
                 shown: list[PreferenceSample] = dataset.first(self.count)
                 return shown
         return []
+
+
+def shares_one_model(trainer: pl.Trainer) -> bool:
+    """Whether ranks hold shards of one model, so that all of them have to take part when it answers.
+
+    Args:
+        trainer: whose strategy to look at.
+    """
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def _row(sample: PreferenceSample, answer: str) -> Row:

@@ -106,6 +106,7 @@ class RDPOModule(pl.LightningModule):
         self._policy: nn.Module | None = None
         self._reference: Reference | None = None
         self._window = _Window()
+        self._val_window = _Window()
         self._describe()
 
     def _check_parts(self) -> None:
@@ -253,14 +254,23 @@ class RDPOModule(pl.LightningModule):
         for name, value in self._window.flush().items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name in _PROGRESS_BAR)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._val_window = _Window()
+
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The same on held-out samples, all three views."""
         values = self._score_losses(batch, VIEWS if self.loss.needs_reference else self.loss.views)
-        means = {name: _mean(value, batch.weights) for name, value in values.items()}
-        size = int(batch.weights.sum())
-        for name, value in means.items():
-            self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=size, sync_dist=True)
-        return means["loss"]
+        self._val_window.add(values, batch.weights)
+        return _mean(values["loss"], batch.weights)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over every validation sample of all ranks.
+
+        Not left to ``sync_dist``, which rounds the mean batch size down when ranks hold unequal numbers of samples.
+        """
+        for name, value in self._val_window.flush().items():
+            self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR)
 
     def _score_losses(self, batch: PreferenceBatch, views: Sequence[ViewName]) -> dict[str, Tensor]:
         """Loss and what is logged beside it, (B,) each."""

@@ -1,9 +1,5 @@
 import csv
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,7 +16,6 @@ from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.conftest import picture, preference_samples
-from tests.modules import two_processes
 
 SMALL = LoRA(r=4, alpha=8, dropout=0.0)
 
@@ -269,38 +264,6 @@ class TestCheckpoints:
         plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
         ours = dict(module.policy.named_parameters())
         assert all(torch.equal(value, ours[name]) for name, value in plain.named_parameters())
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_train_what_one_does(tiny_llava, tmp_path, kind):
-    """Seven samples in batches of 2 x 2 or 4: in the last step one rank holds two samples, the other one."""
-    with ShardWriter(tmp_path / "shards") as writer:
-        for sample in preference_samples(7):
-            writer.write(sample)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(tiny_llava), str(tmp_path / "shards"), kind, "2", str(tmp_path)]
-    command = [sys.executable, "-m", "tests.modules.two_processes", *arguments]
-    subprocess.run(command, check=True, timeout=240, env=environment, cwd=Path(__file__).parents[2])  # noqa: S603
-    two_processes.main(str(tiny_llava), str(tmp_path / "shards"), kind, 1, tmp_path)
-    one, two = (torch.load(tmp_path / f"{devices}.ckpt", weights_only=True)["state_dict"] for devices in (1, 2))
-    assert one.keys() == two.keys()
-    if kind == "lora":
-        assert any(value.abs().max() > 1e-3 for name, value in one.items() if "lora_B" in name)
-    else:
-        base = AutoModelForImageTextToText.from_pretrained(tiny_llava).state_dict()
-        moved = [(value - base[name.removeprefix("_policy.")]).abs().max() for name, value in one.items()]
-        assert max(moved) > 1e-3
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
-    rows = [csv_rows(tmp_path / "log" / devices / "metrics.csv", "train/loss") for devices in ("1", "2")]
-    assert len(rows[0]) == 4
-    for alone, together in zip(*rows, strict=True):
-        for name in ("train/loss", "train/logps/chosen", "train/rewards/accuracies"):
-            assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
-    for devices in ("1", "2"):
-        assert (tmp_path / "log" / devices / "answers" / "step=0.png").is_file()
-    reports = [json.loads((tmp_path / "log" / devices / "evaluation.json").read_text()) for devices in ("1", "2")]
-    assert reports[0]["base"] == reports[1]["base"]
 
 
 def csv_rows(path: Path, column: str) -> list[dict[str, str]]:

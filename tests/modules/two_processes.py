@@ -1,4 +1,4 @@
-"""Train an adapter or a whole model on shards with one or two CPU processes. Run by test_rdpo.py."""
+"""Train an adapter or a whole model on shards with one CPU process or two. Run by test_engines.py."""
 
 import sys
 from pathlib import Path
@@ -11,38 +11,58 @@ from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.callbacks import Evaluation, SampleAnswers
 from realign_lightning.data import DualPreferenceDataModule
 from realign_lightning.losses import RDPOLoss
-from realign_lightning.modules import RDPOModule
+from realign_lightning.modules import FSDP2Strategy, RDPOModule
 from tests.callbacks.helpers import Lengths
 
-STRATEGIES = {"lora": "ddp_fork", "full": "ddp_fork_find_unused_parameters_true"}
+STEPS = 10
 
 
-def main(checkpoint: str, shards: str, kind: str, devices: int, output: Path) -> None:
-    torch.manual_seed(0)
-    backbone = AutoBackbone(checkpoint)
-    data = DualPreferenceDataModule(backbone, shards, batch_size=4 // devices)
-    module = RDPOModule(
-        backbone,
+def strategy_of(engine: str, kind: str):
+    if engine == "fsdp":
+        return FSDP2Strategy()
+    if engine == "ddp":
+        # LLaVA never uses the last layers of its vision tower.
+        return "ddp_find_unused_parameters_true" if kind == "full" else "ddp"
+    return "auto"
+
+
+def module_of(checkpoint: str, kind: str) -> RDPOModule:
+    rate = 0.05 if kind == "full" else 0.5
+    return RDPOModule(
+        AutoBackbone(checkpoint),
         RDPOLoss(),
-        LoRA(4, 8, 0.0) if kind == "lora" else None,
-        optimizer=lambda weights: torch.optim.SGD(weights, lr=0.5 if kind == "lora" else 0.05),
+        None if kind == "full" else LoRA(4, 8, 0.0),
+        trained_parts=["projector"] if kind == "projector" else None,
+        part_learning_rates={"projector": 0.05} if kind == "projector" else None,
+        optimizer=lambda weights: torch.optim.SGD(weights, lr=rate),
+        gradient_checkpointing=kind == "projector",
     )
+
+
+def main(checkpoint: str, shards: str, kind: str, engine: str, output: Path) -> Trainer:
+    devices = 1 if engine == "one" else 2
+    torch.manual_seed(0)
+    module = module_of(checkpoint, kind)
+    data = DualPreferenceDataModule(module.backbone, shards, shards, batch_size=4 // devices)
     trainer = Trainer(
         default_root_dir=output,
         accelerator="cpu",
         devices=devices,
-        strategy=STRATEGIES[kind] if devices > 1 else "auto",
-        max_epochs=2,
-        logger=CSVLogger(output, name="log", version=str(devices)),
-        callbacks=[SampleAnswers(1, max_new_tokens=2), Evaluation([Lengths(3)])],
+        strategy=strategy_of(engine, kind),
+        max_steps=STEPS,
+        logger=CSVLogger(output, name="log", version=engine),
+        callbacks=[SampleAnswers(1, max_new_tokens=2), Evaluation([Lengths(3)], batch_size=2)],
         enable_checkpointing=False,
         log_every_n_steps=1,
+        gradient_clip_val=1.0,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=1,
     )
     trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(output / f"{devices}.ckpt")
+    trainer.save_checkpoint(output / f"{engine}.ckpt")
+    return trainer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], Path(sys.argv[5]))
