@@ -13,6 +13,12 @@ PACKAGE = ROOT / "realign_lightning"
 
 # Modules of public names that no package re-exports.
 _MODULES = ("types", "scoring", "cli")
+_ABLATIONS = """## Ablations
+
+The paper's ablations on LLaVA 1.5 7B. Each is `llava7b_lora.yaml` with one thing changed; where that is how the pairs
+were built, the file's header says with which settings. Run one with
+`realign-lightning fit --config recipes/ablations/NAME.yaml`.
+"""
 _OVERRIDE = re.compile(r"(?<!\S)(--[\w.+]+ \S+)")
 
 
@@ -36,15 +42,14 @@ def public_names(file: Path) -> list[str]:
 
 
 def recipe_sections() -> str:
-    """A MyST section per recipe: its header as text, and the file itself."""
-    return "\n".join(_recipe_section(path) for path in sorted((ROOT / "recipes").glob("*.yaml")))
+    """A MyST section per recipe: its header as text, and the file itself; one table of the ablations."""
+    sections = [_recipe_section(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    return "\n".join([*sections, _ABLATIONS, _file_table(ROOT / "recipes" / "ablations", "what it trains with")])
 
 
 def config_table() -> str:
     """A MyST table of the pieces that recipes are made of: file and first comment."""
-    files = sorted((ROOT / "configs").rglob("*.yaml"))
-    rows = [f"| `{file.relative_to(ROOT).as_posix()}` | {header(file)[0]} |" for file in files]
-    return "\n".join(["| file | what it holds |", "|---|---|", *rows, ""])
+    return _file_table(ROOT / "configs", "what it holds")
 
 
 def header(file: Path) -> list[str]:
@@ -102,6 +107,13 @@ def _heading(title: str) -> str:
 def _root_names() -> str:
     names = ", ".join(f"``{name}``" for name in public_names(PACKAGE / "__init__.py"))
     return f"These names can be imported from ``{PACKAGE.name}`` itself; they are loaded when first used:\n{names}.\n"
+
+
+def _file_table(folder: Path, title: str) -> str:
+    """A MyST table of YAML files with their first comment."""
+    files = sorted(folder.rglob("*.yaml"))
+    rows = [f"| `{file.relative_to(ROOT).as_posix()}` | {header(file)[0]} |" for file in files]
+    return "\n".join([f"| file | {title} |", "|---|---|", *rows, ""])
 
 
 def _recipe_section(path: Path) -> str:

@@ -10,15 +10,25 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from realign_lightning.data import BadDataError
 
-COMMANDS = {"teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing")}
-"""Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help."""
+if TYPE_CHECKING:
+    from realign_lightning.estimate import Job
+
+COMMANDS = {
+    "estimate": ("realign_lightning.estimate", "memory, arithmetic and hours of a recipe, without its weights"),
+    "export": ("realign_lightning.export", "turn a checkpoint into files for plain transformers and peft"),
+    "teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing"),
+}
+"""Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help.
+
+``estimate`` also takes a function that reads recipes."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -44,29 +54,53 @@ class RealignCLI(LightningCLI):
         return {name: offered[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Hand the model's backbone to the data module."""
+        """Hand the model's backbone to the data module, and offer to resume with other settings."""
         parser.link_arguments("model.backbone", "data.backbone")
+        parser.add_argument(
+            "--allow_changed_settings",
+            type=bool,
+            default=False,
+            help="With --ckpt_path: go on with its weights although the model settings given now are others.",
+        )
 
     def _parse_ckpt_path(self) -> None:
-        """Say aloud which settings a resumed checkpoint overrides; Lightning takes them over without a word.
+        """Refuse to resume with other settings than the checkpoint's, which Lightning would take over without a word.
 
         See https://github.com/Lightning-AI/pytorch-lightning/pull/21455.
+
+        Raises:
+            ValueError: if settings differ and ``--allow_changed_settings true`` was not given.
         """
-        given = self._model_settings()
-        super()._parse_ckpt_path()
-        used = self._model_settings()
+        command = self.config.get("subcommand")
+        path = command and self.config[command].get("ckpt_path")
+        if not path or self.config[command].allow_changed_settings:
+            return
+        hparams = _saved_hyperparameters(Path(path))
+        if not hparams:
+            return
+        given = _flatten(self.config[command].model.as_dict())
+        saved = self.parser.parse_object({command: {"model": hparams}}, self.config)
+        used = _flatten(saved[command].model.as_dict())
         changed = [name for name in sorted(given.keys() | used.keys()) if given.get(name) != used.get(name)]
         if changed:
-            listed = "; ".join(f"model.{name}: {given.get(name)!r} becomes {used.get(name)!r}" for name in changed)
-            warnings.warn(
-                f"The checkpoint's settings replace what was given ({listed}). To train with other settings, start a "
-                "new run instead of resuming one.",
-                stacklevel=2,
+            listed = "; ".join(f"model.{name} was {used.get(name)!r}, {given.get(name)!r} is given" for name in changed)
+            raise ValueError(
+                f"{path} was made with other settings: {listed}. Give the recipe and options that made it; or start a "
+                "new run without --ckpt_path; or, to go on with its weights and the settings given now (a folder that "
+                "moved, another learning rate), add --allow_changed_settings true."
             )
 
-    def _model_settings(self) -> dict[str, Any]:
-        command = self.config.get("subcommand")
-        return {} if command is None else _flatten(self.config[command].model.as_dict())
+
+def _saved_hyperparameters(path: Path) -> dict[str, Any]:
+    """What a checkpoint file, or a folder of shards, says about the module that it was made with."""
+    from realign_lightning.modules.strategy import METADATA
+
+    file = path / METADATA if path.is_dir() else path
+    if not file.is_file():
+        # "last", "best" and the like, and paths that do not exist: the Trainer looks for them.
+        return {}
+    hparams = torch.load(file, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    return {name: value for name, value in hparams.items() if name != "_instantiator"}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -95,9 +129,52 @@ def _configure_output() -> None:
     # Deprecations between peft and transformers, and between lightning and torch.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # transformers: `max_pixels` is still the setting that Qwen's checkpoints ship; Janus' own generation settings.
+    warnings.filterwarnings("ignore", message=".*min_pixels.*max_pixels.*", category=FutureWarning)
+    # FSDP2 on families that return views; nobody changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
     # Lightning's words for a run without validation data, and its advertisements.
     warnings.filterwarnings("ignore", message="Total length of .list. across ranks is zero.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+class _RecipeReader(RealignCLI):
+    """Reads a recipe as ``fit`` does, and makes the module of it, but no Trainer and no data."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without Lightning's warning about arguments that are not the process's own."""
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Leave the random generators alone."""
+
+    def instantiate_classes(self) -> None:
+        """Make the module only: recipes are read where there is no accelerator and no data."""
+        settings = self.config.fit.clone()
+        for name in [name for name in vars(settings) if name != "model"]:
+            del settings[name]
+        parts = self._parser("fit").instantiate_classes(settings, instantiate_groups=False)
+        self.model = self._model_class(**parts.model)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def _read_job(args: Sequence[str]) -> Job:
+    """What a recipe trains, and with which of the Trainer's settings."""
+    from realign_lightning.data import DualPreferenceDataModule
+    from realign_lightning.estimate import Job
+    from realign_lightning.modules import RDPOModule
+
+    reader = _RecipeReader(
+        RDPOModule,
+        DualPreferenceDataModule,
+        args=["fit", *args],
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "realign-lightning"},
+    )
+    settings = reader.config.fit
+    return Job.from_settings(reader.model, settings.data.batch_size, settings.trainer.as_dict())
 
 
 def main() -> None:
@@ -133,8 +210,8 @@ def run(args: Sequence[str] | None = None) -> RealignCLI | None:
     _configure_output()
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
-        command: Callable[[Sequence[str]], Any] = importlib.import_module(COMMANDS[arguments[0]][0]).main
-        command(arguments[1:])
+        command: Callable[..., Any] = importlib.import_module(COMMANDS[arguments[0]][0]).main
+        command(arguments[1:], *([_read_job] if arguments[0] == "estimate" else []))
         return None
     from realign_lightning.data import DualPreferenceDataModule
     from realign_lightning.modules import RDPOModule

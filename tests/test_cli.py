@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -9,30 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign_lightning.backbones import AutoBackbone
 from realign_lightning.cli import main, run
 from realign_lightning.data import ShardDataset, ShardWriter
 from realign_lightning.demos import POLICY_FOLDER
 from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, question
 from realign_lightning.losses import RDPOLoss
 from realign_lightning.modules import RDPOModule
+from realign_lightning.preferences import ImageIndex
 from tests.conftest import picture, preference_samples
+from tests.test_recipes import SMALL_DIGITS, small
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-
-# Keeps the digits' quick start small; everything else is as the recipe has it.
-SMALL_DIGITS = [
-    *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"),
-    *("--data.batch_size", "8", "--data.builder.init_args.scenes", "12", "--data.builder.init_args.val_scenes", "4"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -51,56 +45,14 @@ def inside(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tiny(recipe: Path, shards: str, tiny_llava: Path) -> list[str]:
-    """What makes a recipe run here: a tiny checkpoint of the same family in place of its own, a CPU, few steps."""
-    if recipe.name == "digits.yaml":
-        return SMALL_DIGITS
+def tiny(shards: str, tiny_llava: Path) -> list[str]:
     return [
-        *("--model.backbone.init_args.path", str(tiny_llava), "--model.backbone.init_args.dtype", "float32"),
-        *("--data.train", shards, "--data.val", shards, "--data.num_workers", "0"),
-        *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_steps", "2"),
-        *("--trainer.accumulate_grad_batches", "1", "--trainer.default_root_dir", "run"),
+        *small(shards, str(tiny_llava)),
+        "--trainer.precision",
+        "32-true",
+        "--model.backbone.init_args.dtype",
+        "float32",
     ]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs(recipe, shards, tiny_llava, inside):
-    cli = run(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
-    assert cli.trainer.global_step in (2, 4)
-    assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
-    moved = [weight for name, weight in cli.model.policy.named_parameters() if "lora_B" in name]
-    assert moved
-    assert all(weight.any() for weight in moved), "every adapter starts at zero and is trained"
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_introduces_itself_with_a_command_that_names_it(recipe):
-    header = re.match(r"(#[^\n]*\n)+", recipe.read_text()).group()
-    assert f"realign-lightning fit --config {recipe.relative_to(ROOT)}" in header
-    assert len(header.splitlines()) >= 6
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_piece_is_used_by_a_recipe_or_stands_for_its_backbone(config, inside, capsys):
-    used = any(f"../{config.relative_to(ROOT)}" in recipe.read_text() for recipe in RECIPES)
-    if not used:
-        assert config.parent.name == "backbones"
-    content = yaml.safe_load(config.read_text())
-    if config.parent.name == "backbones":
-        with pytest.raises(SystemExit) as stop:
-            run(
-                [
-                    "fit",
-                    "--config",
-                    str(ROOT / "recipes" / "llava7b_lora.yaml"),
-                    "--model.backbone",
-                    str(config),
-                    "--print_config",
-                ]
-            )
-        assert stop.value.code == 0
-        printed = yaml.safe_load(capsys.readouterr().out)
-        assert printed["model"]["backbone"] == content, "a backbone file names every argument"
 
 
 class TestQuickStart:
@@ -203,7 +155,7 @@ class TestQuickStart:
         run([*recipe, "--trainer.max_steps", "1", "--data.builder.init_args.tau", "0.9"])
         assert all(path.stat().st_mtime_ns != before for path, before in tars.items())
 
-    def test_resumed_run_says_which_settings_the_checkpoint_overrides(self, finished, monkeypatch):
+    def test_resuming_with_other_settings_is_refused_unless_it_is_meant(self, finished, monkeypatch):
         _, folder = finished
         monkeypatch.chdir(folder.parent.parent)
         recipe = [
@@ -215,8 +167,17 @@ class TestQuickStart:
             "null",
         ]
         resume = [*recipe, "--trainer.max_steps", "5", "--ckpt_path", str(folder / "version_0/checkpoints/step=4.ckpt")]
-        with pytest.warns(UserWarning, match=r"model.loss.init_args.beta: 0.7 becomes 0.1"):
-            assert run([*resume, "--model.loss.init_args.beta", "0.7"]).trainer.global_step == 5
+        with pytest.raises(ValueError, match="made with other settings") as refused:
+            run([*resume, "--model.loss.init_args.beta", "0.7", "--model.optimizer.init_args.lr", "0.5"])
+        assert "model.loss.init_args.beta was 0.1, 0.7 is given" in str(refused.value)
+        assert "model.optimizer.init_args.lr was 0.0003, 0.5 is given" in str(refused.value)
+        assert "--allow_changed_settings true" in str(refused.value)
+        cli = run([*resume, "--model.loss.init_args.beta", "0.7", "--allow_changed_settings", "true"])
+        assert (cli.trainer.global_step, cli.model.loss.beta) == (5, 0.7)
+        assert run(resume).trainer.global_step == 5
+
+
+ONE_EPOCH = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
 
 
 def fit_args(recipe_args: list[str], *more: str) -> list[str]:
@@ -234,7 +195,7 @@ class HereLogger(DummyLogger):
 class TestBadInput:
     @pytest.fixture
     def args(self, shards, tiny_llava, inside):
-        return tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava)
+        return tiny(shards, tiny_llava)
 
     def test_unknown_key(self, args, inside, capsys):
         (inside / "mistake.yaml").write_text("model:\n  los:\n    class_path: realign_lightning.losses.RDPOLoss\n")
@@ -289,6 +250,52 @@ class TestBadInput:
         with pytest.raises(ValueError, match="nowhere"):
             run(fit_args(args, "--data.train", "nowhere"))
 
+    def test_missing_bitsandbytes(self, args, monkeypatch):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        real = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+        )
+        with pytest.raises(ImportError, match="needs the package bitsandbytes: pip install bitsandbytes"):
+            run(fit_args(args, "--model.backbone.init_args.quantization", "nf4"))
+
+    def test_missing_faiss(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(ImportError, match="needs the package faiss: pip install faiss-cpu"):
+            ImageIndex(["a"], torch.ones(1, 1))
+
+    def test_unknown_lora_target(self, args):
+        with pytest.raises(ValueError, match="LoRA cannot be put on LlavaForConditionalGeneration") as raised:
+            run(fit_args(args, "--model.adapter.target_modules", "no_such_layer"))
+        assert "'q_proj'" in str(raised.value)
+
+    def test_fsdp_with_4_bit(self, args):
+        done = subprocess.run(  # noqa: S603
+            [
+                *(sys.executable, "-m", "realign_lightning"),
+                *fit_args(args, "--model.backbone.init_args.quantization", "nf4", "--trainer.devices", "1"),
+                *("--trainer.strategy", str(ROOT / "configs" / "strategies" / "fsdp2.yaml")),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert done.returncode == 1
+        assert "error: FSDP cannot shard 4-bit weights: set `quantization: null`" in done.stderr
+
+    def test_checkpoint_of_another_backbone(self, args, inside):
+        run(fit_args(args))
+        (checkpoint,) = inside.rglob("*.ckpt")
+        other = make_tiny("llava_next_vicuna", inside / "other")
+        swapped = fit_args(args, "--model.backbone.init_args.path", str(other), "--ckpt_path", str(checkpoint))
+        with pytest.raises(
+            ValueError, match=r"other settings: model.backbone.init_args.path was .*/llava', .*/other' is"
+        ):
+            run(swapped)
+        with pytest.raises(ValueError, match="made with another backbone, a llava, and this is a llava_next"):
+            run([*swapped, "--allow_changed_settings", "true"])
+
     def test_resume_from_a_checkpoint_whose_weights_do_not_fit(self, args, inside):
         run(fit_args(args))
         (checkpoint,) = inside.rglob("*.ckpt")
@@ -308,7 +315,7 @@ def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, ti
         for sample in preference_samples(8):
             bad = {"chosen": "a <image> cat"} if sample.key == "sample0" else {}
             writer.write(type(sample)(**{**vars(sample), **bad}))
-    args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", "mixed", tiny_llava)
+    args = tiny("mixed", tiny_llava)
     seen = []
 
     class Watched(RDPOModule):
@@ -320,7 +327,7 @@ def test_bad_samples_are_counted_and_named_and_the_rest_is_trained_on(shards, ti
 
     original, modules.RDPOModule = modules.RDPOModule, Watched
     try:
-        cli = run(fit_args(args, "--trainer.max_steps", "-1", "--data.max_bad_fraction", "0.2", "--data.val", "null"))
+        cli = run(fit_args(args, *ONE_EPOCH, "--data.max_bad_fraction", "0.2", "--data.val", "null"))
     finally:
         modules.RDPOModule = original
     assert sorted(seen) == [f"sample{number}" for number in range(1, 8)]
@@ -351,25 +358,17 @@ def test_commands_beside_the_trainers_run(inside, capsys):
 def test_the_installed_script_ends_with_status_zero(shards, tiny_llava, inside, monkeypatch):
     """A script is run as ``sys.exit(script())``: anything but None or 0 would be a failure."""
     (script,) = entry_points(group="console_scripts", name="realign-lightning")
-    args = fit_args(tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava))
+    args = fit_args(tiny(shards, tiny_llava))
     monkeypatch.setattr(sys, "argv", ["realign-lightning", *args, "--trainer.max_steps", "1"])
     assert script.load()() is None
     assert list(inside.rglob("*.ckpt"))
 
 
 def test_validate_runs_a_checkpoint(shards, tiny_llava, inside):
-    args = tiny(ROOT / "recipes" / "llava7b_lora.yaml", shards, tiny_llava)
+    args = tiny(shards, tiny_llava)
     trained = run(fit_args(args))
     (checkpoint,) = inside.rglob("*.ckpt")
     recipe = str(ROOT / "recipes" / "llava7b_lora.yaml")
     again = run(["validate", "--config", recipe, *args, "--ckpt_path", str(checkpoint)])
     assert again.trainer.callback_metrics["val/loss"] < 2 * math.log(2)
     assert trained.model.generate(["a"], [picture(0)]) == again.model.generate(["a"], [picture(0)])
-
-
-def test_quantised_recipe_is_quantised(shards, tiny_llava, inside):
-    recipe = ROOT / "recipes" / "llava13b_qlora.yaml"
-    cli = run(["fit", "--config", str(recipe), *tiny(recipe, shards, tiny_llava)])
-    assert isinstance(cli.model.backbone, AutoBackbone)
-    kinds = {type(module).__name__ for name, module in cli.model.policy.named_modules() if name.endswith("base_layer")}
-    assert kinds == {"Linear4bit"}

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "modules": {"types", "losses", "metrics", "backbones", "scoring"},
     "callbacks": {"types", "metrics"},
     "demos": {"types", "losses", "metrics", "backbones", "scoring", "data", "preferences", "modules", "callbacks"},
+    "estimate": {"types", "backbones", "scoring", "modules"},
+    "export": {"types", "backbones", "modules"},
     "cli": {
         "types",
         "losses",
@@ -31,6 +33,8 @@ MAY_IMPORT = {
         "modules",
         "callbacks",
         "demos",
+        "estimate",
+        "export",
     },
     "__main__": {"cli"},
 }

@@ -37,6 +37,15 @@ class LoRA:
     target_modules: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def starts_blank(self) -> bool:
+        """Whether the adapter starts without looking at the base's weights, unlike DoRA, PiSSA and the like."""
+        return not self.options.get("use_dora") and self._start in (True, False, "gaussian", "orthogonal")
+
+    @property
+    def _start(self) -> Any:
+        return self.options.get("init_lora_weights", True)
+
     def apply(self, backbone: Backbone, model: nn.Module, trained_modules: Sequence[str] = ()) -> PeftModel:
         """Wrap a model; afterwards only the adapter is trainable, and copies of ``trained_modules``.
 
@@ -50,11 +59,16 @@ class LoRA:
             trained_modules: names of modules that are trained in full beside the adapter, such as the projector.
 
         Raises:
-            ValueError: when the model already carries an adapter (two on top of each other train nothing useful), or
-                when ``target_modules`` names nothing.
+            ValueError: when the model already carries an adapter (two on top of each other train nothing useful), when
+                ``target_modules`` names nothing, or when an option would change the base (PiSSA, OLoRA).
         """
         if isinstance(model, PeftModel):
             raise ValueError("Expected a model without adapters, got a PeftModel: LoRA would be applied twice.")
+        if self._start not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ValueError(
+                f"init_lora_weights={self._start!r} changes the weights below the adapter, so that the model with its "
+                "adapter off would no longer be the reference: leave it out."
+            )
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,6 +398,10 @@ class AutoBackbone(Backbone):
         """Text of generated token ids, special tokens left out, outer white space stripped."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
+    def save_processor(self, folder: str | Path) -> None:
+        """Write tokenizer, image processor and the chat template in use."""
+        self.processor.save_pretrained(str(folder))
+
     # ---- model
 
     def load_model(self) -> PreTrainedModel:
@@ -439,6 +444,11 @@ class AutoBackbone(Backbone):
             raise ValueError(
                 "FSDP cannot shard 4-bit weights: set `quantization: null`, or keep 4 bit and use a strategy that "
                 "holds the whole model on every device (trainer.strategy: ddp)."
+            )
+        if adapter is not None and not adapter.starts_blank:
+            raise ValueError(
+                f"FSDP cannot shard LoRA with {adapter.options}, which starts from whole base weights that no "
+                "rank holds: leave these options out, or use trainer.strategy: ddp."
             )
         source: nn.Module = read_shards(self._from_pretrained, self.empty_model(), mesh)
         target: nn.Module = self.empty_model()
@@ -488,6 +498,11 @@ class AutoBackbone(Backbone):
         return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def _nf4(self) -> BitsAndBytesConfig:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                "quantization='nf4' needs the package bitsandbytes: pip install bitsandbytes, or set "
+                "`quantization: null`."
+            )
         compute = torch.bfloat16 if self.dtype == "auto" else self._torch_dtype()
         empty = self.empty_model()
         quantised = re.compile(self.linear_pattern(empty))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -98,6 +99,13 @@ class Backbone(ABC):
     @abstractmethod
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response."""
+
+    def save_processor(self, folder: str | Path) -> None:  # noqa: B027
+        """Write what plain transformers needs to encode inputs as this backbone does; nothing unless a family can.
+
+        Args:
+            folder: made if needed.
+        """
 
     # ---- the model
 

@@ -88,6 +88,9 @@ def take_over(target: nn.Module, source: nn.Module) -> None:
             owner, _, leaf = name.rpartition(".")
             module = target.get_submodule(owner)
             module.register_buffer(leaf, _value(name, values), leaf not in module._non_persistent_buffers_set)
+    # What a model made from its configuration lacks: settings of generation, and how its files name the weights.
+    for attribute in ("generation_config", "_weight_conversions"):
+        setattr(target, attribute, getattr(source, attribute, None))
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
+
+from realign_lightning.callbacks.samples import shares_one_model
+
+log = logging.getLogger(__name__)
 
 
 class AdapterExport(pl.Callback):
@@ -16,14 +21,19 @@ class AdapterExport(pl.Callback):
     For ``epoch=0-step=300.ckpt`` there is a folder ``epoch=0-step=300-adapter`` whatever callback or call saved the
     checkpoint; links (``save_last: link``) get none of their own. Load it with
     ``PeftModel.from_pretrained(base_model, folder)``. After full fine-tuning the folder is called ``...-model`` and
-    holds the whole model.
+    holds the whole model. Processor and model card lie with it.
+
+    Where ranks hold shards of one model (FSDP2Strategy), one export is written when training ends, to
+    ``<log folder>/adapter``; the command ``realign-lightning export`` makes one of any checkpoint.
 
     Args:
-        last_copy: also keep a copy of the newest export in ``<log folder>/adapter``, a path that does not change.
+        last_copy: also keep a copy of the newest export in ``<log folder>/adapter`` (``model`` after full fine-tuning),
+            a path that does not change.
     """
 
     def __init__(self, last_copy: bool = True) -> None:
         self.last_copy = last_copy
+        self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch everything that the trainer's strategy saves.
@@ -36,12 +46,29 @@ class AdapterExport(pl.Callback):
                 f"AdapterExport needs a module with `export(folder)`, got {type(pl_module).__name__}. "
                 "Use RDPOModule, or remove the callback."
             )
+        # Ranks agree on it by talking to each other, so all of them must ask here.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if shares_one_model(trainer):
+            return
         if not isinstance(trainer.strategy.checkpoint_io, _ExportingCheckpointIO):
             trainer.strategy.checkpoint_io = _ExportingCheckpointIO(trainer.strategy.checkpoint_io, pl_module)
         trainer.strategy.checkpoint_io.module = pl_module
         trainer.strategy.checkpoint_io.copy_to = None
         if self.last_copy and trainer.log_dir is not None:
-            trainer.strategy.checkpoint_io.copy_to = Path(trainer.log_dir) / "adapter"
+            trainer.strategy.checkpoint_io.copy_to = self._folder / _kind(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export a sharded model, on all ranks together."""
+        if not shares_one_model(trainer):
+            return
+        folder = self._folder / _kind(pl_module)
+        pl_module.export(folder)  # type: ignore[operator]
+        if trainer.is_global_zero:
+            log.info(
+                "AdapterExport: wrote %s. Sharded checkpoints have no export beside them: "
+                "`realign-lightning export --checkpoint FOLDER --output NEW_FOLDER` makes one.",
+                folder,
+            )
 
 
 def export_folder(checkpoint: str | Path, module: Any) -> Path:
@@ -56,8 +83,11 @@ def export_folder(checkpoint: str | Path, module: Any) -> Path:
     'runs/epoch=0-adapter'
     """
     path = Path(checkpoint)
-    kind = "model" if getattr(module, "adapter", None) is None else "adapter"
-    return path.with_name(f"{path.name.removesuffix('.ckpt')}-{kind}")
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}-{_kind(module)}")
+
+
+def _kind(module: Any) -> str:
+    return "model" if getattr(module, "adapter", None) is None else "adapter"
 
 
 class _ExportingCheckpointIO(CheckpointIO):

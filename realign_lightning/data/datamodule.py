@@ -240,11 +240,13 @@ class DualPreferenceDataModule(LightningDataModule):
         if split not in self._datasets:
             raise RuntimeError(f"call setup() before asking for the {split} loader")
         dataset = self._datasets[split]
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        trainer = self.trainer
+        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        current_epoch = None if trainer is None else lambda: trainer.current_epoch
         return DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=EpochSampler(len(dataset), world_size, rank, self.seed, shuffle),
+            sampler=EpochSampler(len(dataset), world_size, rank, self.seed, shuffle, current_epoch),
             num_workers=self.num_workers,
             collate_fn=self.backbone.collate,
             pin_memory=self.pin_memory,

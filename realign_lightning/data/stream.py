@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,7 +158,8 @@ class EpochSampler(DistributedSampler[SampleIndex]):
     equally many, and every sample has weight 1 exactly once per epoch.
 
     It is a :class:`torch.utils.data.DistributedSampler` because that is what Lightning leaves in place and tells the
-    epoch.
+    epoch. After a resume Lightning tells one too many from the second epoch on (it counts the end of the epoch that the
+    checkpoint closed twice), so a Trainer's own count can be given as ``current_epoch``.
 
     Args:
         num_samples: samples in the dataset.
@@ -166,6 +167,7 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         rank: this rank.
         seed: not negative; equal on all ranks.
         shuffle: whether the order is shuffled, anew in every epoch.
+        current_epoch: asked for the epoch whenever one begins; None trusts :meth:`set_epoch`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -176,7 +178,13 @@ class EpochSampler(DistributedSampler[SampleIndex]):
     """
 
     def __init__(
-        self, num_samples: int, world_size: int = 1, rank: int = 0, seed: int = 0, shuffle: bool = True
+        self,
+        num_samples: int,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        current_epoch: Callable[[], int] | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -185,9 +193,12 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         # The parent asks its dataset for nothing but the length.
         super().__init__(range(num_samples), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self._available = num_samples
+        self._current_epoch = current_epoch
 
     def __iter__(self) -> Iterator[SampleIndex]:
         """What this rank reads in the current epoch, ``len(self)`` items."""
+        if self._current_epoch is not None:
+            self.set_epoch(self._current_epoch())
         order = np.arange(self._available)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self._available)

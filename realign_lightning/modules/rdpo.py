@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import PARTS, Backbone, Part
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
+from realign_lightning.modules.card import write_card
 from realign_lightning.modules.hparams import component_spec
 from realign_lightning.modules.reference import Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
@@ -267,10 +270,11 @@ class RDPOModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over every validation sample of all ranks.
 
-        Not left to ``sync_dist``, which rounds the mean batch size down when ranks hold unequal numbers of samples.
+        Lightning's own means round the mean batch size down where ranks hold unequal numbers of samples, so they get
+        what is equal on all ranks.
         """
         for name, value in self._val_window.flush().items():
-            self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR)
+            self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=1, sync_dist=True)
 
     def _score_losses(self, batch: PreferenceBatch, views: Sequence[ViewName]) -> dict[str, Tensor]:
         """Loss and what is logged beside it, (B,) each."""
@@ -327,13 +331,27 @@ class RDPOModule(pl.LightningModule):
         with self.reference.use(self.policy) if reference else nullcontext(self.policy) as model:
             return self.backbone.generate(model, inputs, **kwargs)
 
-    def export(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path, steps: int | None = None) -> None:
         """Write the PEFT adapter, or the whole model after full fine-tuning, for plain transformers and peft.
 
+        Beside it lie the processor's files and a model card. Where weights are sharded all ranks have to call this;
+        rank 0 gathers what is written, and writes.
+
         Args:
-            folder: made if needed.
+            folder: made if needed; files of an earlier export are replaced.
+            steps: optimizer steps that the card names; None asks the trainer.
         """
-        self.policy.save_pretrained(str(folder))  # type: ignore[operator]
+        policy: Any = self.policy
+        gathered = {}
+        if self.device_mesh is not None:
+            gathered["state_dict"] = _gather(policy, trained_only=self.adapter is not None)
+        if self.global_rank == 0:
+            with _plain_class(policy):
+                policy.save_pretrained(str(folder), **gathered)
+            self.backbone.save_processor(folder)
+            settings = {**self.hparams, "loss": self.hparams["loss"] or component_spec(self.loss, "loss")}
+            base = getattr(policy, "name_or_path", "unknown")
+            write_card(folder, base, settings, self.adapter is not None, self.global_step if steps is None else steps)
 
     def clone(self, **changes: Any) -> RDPOModule:
         """A fresh, untrained module with the same settings.
@@ -370,9 +388,14 @@ class RDPOModule(pl.LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only."""
+        """Keep trained weights only, and the name of the architecture that they belong to."""
+        checkpoint["architecture"] = self._architecture()
         trained = self._trained_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    def _architecture(self) -> str:
+        """Type of the policy in transformers' words, for example ``llava``."""
+        return str(getattr(getattr(self.policy, "config", None), "model_type", type(self.policy).__name__))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = False, assign: bool = False) -> Any:
         """Load trained weights; the frozen rest, which no checkpoint holds, is not reported as missing."""
@@ -394,6 +417,12 @@ class RDPOModule(pl.LightningModule):
             ValueError: if names or shapes of the weights differ from what this module trains.
         """
         self.configure_model()
+        made_with = checkpoint.get("architecture", self._architecture())
+        if made_with != self._architecture():
+            raise ValueError(
+                f"The checkpoint does not fit this module: it was made with another backbone, a {made_with}, and this "
+                f"is a {self._architecture()}. Use the recipe that made it."
+            )
         if "state_dict" not in checkpoint:
             # A sharded checkpoint: the strategy has loaded, and compared, its weights.
             return
@@ -402,6 +431,27 @@ class RDPOModule(pl.LightningModule):
             {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()},
             {name: tuple(value.shape) for name, value in self.named_parameters() if name in trained},
         )
+
+
+def _gather(model: nn.Module, trained_only: bool) -> dict[str, Any]:
+    """Weights of a sharded model, whole, on rank 0's CPU; shared ones under their first name only."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    weights = get_model_state_dict(model, options=options)
+    first_names = {name for name, _ in model.named_parameters()}
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
+    return {name: value for name, value in weights.items() if name not in aliases}
+
+
+@contextmanager
+def _plain_class(model: nn.Module) -> Iterator[None]:
+    """Undo what FSDP2 makes of a transformers model's class, whose name is written into files."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    sharded = type(inner)
+    inner.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+    try:
+        yield
+    finally:
+        inner.__class__ = sharded
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not (path / METADATA).is_file():
             return super().load_checkpoint(path, weights_only)
         options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
-        weights = get_model_state_dict(self._module, options=options)
+        found = get_model_state_dict(self._module, options=options)
+        # Tied weights are found under every name, and saved under their first.
+        weights = {name: found[name] for name, value in self._module.named_parameters() if value.requires_grad}
         _check_fit(path, weights)
         load({"state_dict": weights}, checkpoint_id=path)
         self._module.load_state_dict(weights)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
-import faiss
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ class Neighbour(NamedTuple):
 
     image_id: str
     score: float
+
+
+def _faiss() -> ModuleType:
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ImportError("Retrieving images needs the package faiss: pip install faiss-cpu.") from error
+    module: ModuleType = faiss
+    return module
 
 
 def embed_images(backbone: Backbone, model: nn.Module, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
@@ -69,7 +78,7 @@ class ImageIndex:
             raise ValueError("Expected L2-normalised embeddings: divide each row by its norm.")
         self.image_ids = list(image_ids)
         self._vectors = embeddings.float().contiguous().numpy()
-        self._index = faiss.IndexFlatIP(embeddings.shape[1])
+        self._index = _faiss().IndexFlatIP(embeddings.shape[1])
         self._index.add(self._vectors)
 
     def neighbours(self, top_k: int = 10) -> list[list[Neighbour]]:

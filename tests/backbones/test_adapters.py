@@ -41,6 +41,51 @@ def test_peft_options_pass_through(backbone):
     assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_projector_is_trained_in_float32_beside_a_16_bit_model(tiny_llava, quantization):
+    backbone = AutoBackbone(str(tiny_llava), dtype="bfloat16", quantization=quantization)
+    model = backbone.load_model()
+    batch = backbone.collate([backbone.encode_sample(sample) for sample in preference_samples(2)])
+    with torch.no_grad():
+        before = score(backbone, model, batch)
+    adapted = LoRA(r=2, alpha=4, dropout=0.0).apply(backbone, model, backbone.projector_modules(model))
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    projector = {name: value for name, value in trained.items() if "lora_" not in name}
+    assert {backbone.parts(adapted)[name] for name in projector} == {"projector"}
+    assert all(value.dtype == torch.float32 for value in trained.values())
+    frozen = [value for name, value in adapted.named_parameters() if "original_module" in name]
+    assert frozen
+    assert all(value.dtype == torch.bfloat16 and not value.requires_grad for value in frozen)
+    with torch.no_grad():
+        torch.testing.assert_close(score(backbone, adapted, batch).chosen, before.chosen, rtol=2e-2, atol=0.3)
+    optimizer = torch.optim.SGD(projector.values(), lr=0.1)
+    score(backbone, adapted, batch).visual.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert (score(backbone, adapted, batch).visual - before.visual).abs().max() > 0.1
+        with adapted.disable_adapter():
+            again = score(backbone, adapted, batch)
+    torch.testing.assert_close(again.visual, before.visual, rtol=0, atol=0)
+
+
+def test_an_unknown_target_says_what_there_is(backbone):
+    with pytest.raises(ValueError, match=r"cannot be put on LlavaForConditionalGeneration.*\n.*'q_proj'"):
+        LoRA(r=2, target_modules="nothing").apply(backbone, backbone.load_model())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_options_that_change_the_reference_are_refused(backbone, start):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes the weights below"):
+        LoRA(r=2, options={"init_lora_weights": start}).apply(backbone, backbone.load_model())
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_options_that_start_from_the_base_cannot_be_sharded(backbone, options):
+    assert LoRA(options={"use_rslora": True}).starts_blank
+    with pytest.raises(ValueError, match="FSDP cannot shard LoRA with"):
+        backbone.load_sharded(None, LoRA(r=2, options=options))
+
+
 def test_qlora_quantises_the_language_model_only_and_trains(tiny_llava):
     backbone = AutoBackbone(str(tiny_llava), quantization="nf4", dtype="float32")
     model = backbone.load_model()

@@ -15,6 +15,7 @@ from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
+from realign_lightning.modules.rdpo import paper_adamw
 from tests.conftest import picture, preference_samples
 
 SMALL = LoRA(r=4, alpha=8, dropout=0.0)
@@ -356,6 +357,68 @@ def test_clone_starts_afresh(backbone, tmp_path):
     assert isinstance(control.loss, SFTLoss)
     assert control.adapter == module.adapter
     assert all((p == 0).all() for n, p in control.policy.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("adapter", [SMALL, None], ids=["lora", "full"])
+def test_four_batches_of_one_are_one_batch_of_four(backbone, tmp_path, adapter):
+    """Responses differ in length, and the loss is a mean over samples."""
+
+    def trained(batch_size: int) -> dict[str, torch.Tensor]:
+        module = module_of(
+            backbone, adapter=adapter, optimizer=lambda weights: torch.optim.SGD(weights, lr=0.1), lr_scheduler=None
+        )
+        trainer = trainer_of(tmp_path, max_epochs=3, accumulate_grad_batches=4 // batch_size)
+        trainer.fit(module, loader_of(backbone, 4, batch_size))
+        assert trainer.global_step == 3
+        return {name: value.detach() for name, value in module.policy.named_parameters() if value.requires_grad}
+
+    at_once, one_by_one = trained(4), trained(1)
+    start = module_of(backbone, adapter=adapter).policy.state_dict()
+    assert max((value - start[name]).abs().max() for name, value in at_once.items()) > 1e-2
+    for name, value in at_once.items():
+        torch.testing.assert_close(one_by_one[name], value, rtol=0, atol=1e-5)
+
+
+def test_parts_have_learning_rates_of_their_own(backbone, tmp_path):
+    module = module_of(
+        backbone, trained_parts=["projector"], part_learning_rates={"projector": 2e-5}, optimizer=paper_adamw
+    )
+    trainer_of(tmp_path, max_steps=1).fit(module, loader_of(backbone))
+    groups = module.trainer.optimizers[0].param_groups
+    names = {id(value): name for name, value in module.named_parameters()}
+    assert [group["initial_lr"] for group in groups] == [2e-5, 1e-5]
+    assert all("multi_modal_projector.modules_to_save" in names[id(value)] for value in groups[0]["params"])
+    assert all("lora_" in names[id(value)] for value in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == 4 + 2 * 2 * 7
+
+
+def test_full_fine_tuning_freezes_the_parts_that_are_left_out(backbone, tmp_path):
+    module = module_of(backbone, adapter=None, trained_parts=["projector", "head"])
+    before = {name: value.clone() for name, value in module.policy.named_parameters()}
+    trainer_of(tmp_path, max_steps=1).fit(module, loader_of(backbone))
+    parts = backbone.parts(module.policy)
+    changed = {parts[name] for name, value in module.policy.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"projector", "head"}
+    assert not module.image_path_is_frozen
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trained_parts": ["merger"]}, r"`trained_parts` to name parts of .*, got \['merger'\]"),
+        ({"part_learning_rates": {"tower": 1.0}}, r"`part_learning_rates` to name parts of .*, got \['tower'\]"),
+        ({"trained_parts": ["vision_tower"]}, r"beside an adapter to be \['projector'\], got \['vision_tower'\]"),
+        ({"trained_parts": [], "adapter": None}, "Nothing to train"),
+    ],
+)
+def test_parts_that_cannot_be_trained_are_refused(backbone, settings, message):
+    with pytest.raises(ValueError, match=message):
+        module_of(backbone, **settings)
+
+
+def test_a_learning_rate_of_a_frozen_part_is_refused(backbone, tmp_path):
+    with pytest.raises(ValueError, match=r"parts of which nothing is trained: \['projector'\]"):
+        trainer_of(tmp_path).fit(module_of(backbone, part_learning_rates={"projector": 1e-3}), loader_of(backbone))
 
 
 class NamelessLoss(PreferenceLoss):
