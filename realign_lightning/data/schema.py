@@ -142,6 +142,8 @@ def encode_members(
     """
     if image_format not in _SAVE_OPTIONS:
         raise ValueError(f"image_format must be one of {sorted(_SAVE_OPTIONS)}, got {image_format!r}")
+    if sample.context:
+        raise SampleError(f"shards hold one image per sample, and {len(sample.context)} more (context) would be lost")
     members: dict[str, bytes] = {}
     for part, picture, original in (("image", sample.image, image), ("retrieved", sample.retrieved, retrieved)):
         data = _encode_image(picture, image_format) if original is None else original

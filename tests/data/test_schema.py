@@ -130,6 +130,7 @@ class TestRoundTrip:
             ({"provenance": {"chosen": "x"}}, "must not hold"),
             ({"retrieved": picture(0)}, "identical"),
             ({"image": Image.new("F", (8, 8))}, "pixel mode 'F'"),
+            ({"context": (picture(3),)}, "1 more"),
         ],
     )
     def test_the_encoder_refuses_what_the_decoder_would(self, changes, reason):
