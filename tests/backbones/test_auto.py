@@ -3,11 +3,12 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Florence2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
-from realign_lightning.backbones import AutoBackbone
+from realign_lightning.backbones import AutoBackbone, PaliGemmaBackbone
 from realign_lightning.types import PreferenceSample, SampleError
 from tests.conftest import picture, preference_samples
+from tests.tiny_models import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +183,27 @@ def test_missing_path_and_wrong_models_are_refused(tmp_path, tiny_llava):
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="image-text-to-text"):
+    with pytest.raises(ValueError, match="image-text-to-text model, got 'llama'"):
         AutoBackbone(str(tmp_path / "text")).load_model()
+    Florence2Config().save_pretrained(tmp_path / "florence")
+    with pytest.raises(ValueError, match=r"is an encoder-decoder \(florence2\); only decoders"):
+        AutoBackbone(str(tmp_path / "florence")).load_model()
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"is an encoder-decoder \(t5\); only decoders"):
+        AutoBackbone(str(tmp_path / "t5")).empty_model()
     with pytest.raises(ValueError, match="max_length"):
         AutoBackbone(str(tiny_llava), max_length=0)
+
+
+def test_paligemma_needs_its_own_backbone_and_no_other_model_takes_it(tmp_path, tiny_llava):
+    paligemma = make_tiny("paligemma", tmp_path / "paligemma")
+    with pytest.raises(ValueError, match=r"set class_path to realign_lightning\.backbones\.PaliGemmaBackbone"):
+        AutoBackbone(str(paligemma), chat_template="{{ messages }}").encode_sample(sample())
+    with pytest.raises(ValueError, match="to be a PaliGemma, got LlavaProcessor: use AutoBackbone"):
+        PaliGemmaBackbone(str(tiny_llava)).encode_sample(sample())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(SampleError, match="one user turn"):
+        PaliGemmaBackbone(str(paligemma)).encode_sample(sample(prompt=chat))
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tiny_llava):
