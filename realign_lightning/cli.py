@@ -77,6 +77,10 @@ class RealignCLI(LightningCLI):
             return
         hparams = _saved_hyperparameters(Path(path))
         if not hparams:
+            warnings.warn(
+                f"Settings are not compared with those of the checkpoint: --ckpt_path {path} is no path of one.",
+                stacklevel=2,
+            )
             return
         given = _flatten(self.config[command].model.as_dict())
         saved = self.parser.parse_object({command: {"model": hparams}}, self.config)
@@ -99,7 +103,7 @@ def _saved_hyperparameters(path: Path) -> dict[str, Any]:
     if not file.is_file():
         # "last", "best" and the like, and paths that do not exist: the Trainer looks for them.
         return {}
-    hparams = torch.load(file, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    hparams = torch.load(file, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
     return {name: value for name, value in hparams.items() if name != "_instantiator"}
 
 

@@ -63,7 +63,7 @@ def export_checkpoint(
     settings = saved.settings if base is None else _with_base(saved.settings, str(base))
     module = _rebuild(settings, merge)
     try:
-        _load(module, saved.weights, merge)
+        _load(module, saved, merge)
     except (ValueError, OSError) as error:
         error.add_note("`--base` (argument `base`) names the base model, where it is not the one in the checkpoint.")
         raise
@@ -99,11 +99,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint holds: hyperparameters, trained weights by name, optimizer steps taken."""
+    """What a checkpoint holds: hyperparameters, trained weights by name, and everything but weights and optimizer."""
 
     settings: dict[str, Any]
     weights: dict[str, Tensor]
-    steps: int
+    rest: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.rest.get("global_step", 0))
 
 
 def _read(path: Path) -> _Saved:
@@ -160,7 +165,8 @@ def _checked(path: Path, content: Mapping[str, Any], weights: dict[str, Tensor])
             f"Expected `checkpoint` to be written by training an RDPOModule, got {path}, which holds no "
             "hyperparameters of one, or no weights."
         )
-    return _Saved(settings, weights, int(content.get("global_step", 0)))
+    rest = {name: value for name, value in content.items() if name not in ("state_dict", "optimizer_states")}
+    return _Saved(settings, weights, rest)
 
 
 def _with_base(settings: dict[str, Any], base: str) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def _rebuild(settings: Mapping[str, Any], merge: bool) -> RDPOModule:
         ) from error
 
 
-def _load(module: RDPOModule, weights: dict[str, Tensor], merge: bool) -> None:
+def _load(module: RDPOModule, saved: _Saved, merge: bool) -> None:
     """Load the policy with the checkpoint's weights."""
     backbone, adapter = module.backbone, module.adapter
     empty = None if merge else _empty_model(module)
@@ -206,8 +212,8 @@ def _load(module: RDPOModule, weights: dict[str, Tensor], merge: bool) -> None:
         model = adapter.apply(backbone, model, module._trained_modules(model))
     # Not `configure_model`, which makes the reference too: after full fine-tuning a second copy of the model.
     module._policy = module._freeze(model)
-    module.on_load_checkpoint({"state_dict": weights})
-    module.load_state_dict(weights, assign=empty is not None)
+    module.on_load_checkpoint({**saved.rest, "state_dict": saved.weights})
+    module.load_state_dict(saved.weights, assign=empty is not None)
 
 
 def _empty_model(module: RDPOModule) -> nn.Module | None:

@@ -106,7 +106,12 @@ def fit_and_validate(arguments: list[str], folder: Path) -> None:
     assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
     trained = {name: value for name, value in cli.model.policy.named_parameters() if value.requires_grad}
     assert all(value.any() for name, value in trained.items() if "lora_B" in name), "every adapter starts at zero"
-    assert any("modules_to_save" in name for name in trained), "the projector is trained as in the paper"
+    projector = [(name, value) for name, value in trained.items() if "modules_to_save" in name]
+    assert projector, "the projector is trained as in the paper"
+    weights = dict(cli.model.policy.named_parameters())
+    before = [weights[name.replace("modules_to_save.default", "original_module")] for name, _ in projector]
+    moved = [not value.equal(old) for (_, value), old in zip(projector, before, strict=True)]
+    assert sum(moved) > len(moved) / 2, "and moves, but for what a tiny model never uses"
     if cli.model.backbone.quantization is not None:
         kinds = {name for name, module in cli.model.policy.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
         assert kinds

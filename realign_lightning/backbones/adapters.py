@@ -93,23 +93,26 @@ class LoRA:
 
 
 def _train_in_float32(module: nn.Module) -> None:
-    """Cast a module's weights to float32, and its inputs and outputs so that nobody around it notices."""
-
-    def cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        module._came_in = next((arg.dtype for arg in args if _is_floating(arg)), None)  # type: ignore[assignment]
-        # Under FSDP2 the gathered weights may be of a lower precision than the trained ones.
-        dtype = next(module.parameters()).dtype
-        return tuple(arg.to(dtype) if _is_floating(arg) else arg for arg in args)
-
-    def cast_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG001
-        came_in = module._came_in
-        return output.to(came_in) if _is_floating(output) and came_in is not None else output
-
+    """Keep a module's weights in float32, and let it compute in the dtype of its inputs as it did before."""
     if next(module.parameters()).dtype == torch.float32:
         return
     module.float()
-    module.register_forward_pre_hook(cast_inputs)
-    module.register_forward_hook(cast_output)
+    compute = module.forward
+    is_cast = False
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_cast
+        dtype = next((arg.dtype for arg in args if _is_floating(arg)), torch.float32)
+        if is_cast or dtype == next(module.parameters()).dtype:
+            return compute(*args, **kwargs)
+        is_cast = True
+        try:
+            weights = {name: value.to(dtype) for name, value in module.named_parameters()}
+            return torch.func.functional_call(module, weights, args, kwargs)
+        finally:
+            is_cast = False
+
+    module.forward = forward
 
 
 def _is_floating(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -30,7 +31,7 @@ from transformers import (
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import Backbone, ImageFeatures, Part, PromptImages, eval_mode
 from realign_lightning.backbones.features import RowFeatures
-from realign_lightning.backbones.sharded import read_shards, shard, take_over
+from realign_lightning.backbones.sharded import named_blocks, read_shards, shard, take_over
 from realign_lightning.types import (
     VIEWS,
     EncodedSample,
@@ -189,11 +190,13 @@ class AutoBackbone(Backbone):
         chosen, rejected = self._response_ids(prompt, [sample.chosen, sample.rejected])
         tokens, image = self._encode_prompt(prompt, [*sample.context, sample.image])
         visual_tokens, retrieved = self._encode_prompt(prompt, [*sample.context, sample.retrieved])
+        # The visual view has to score the very tokens that the chosen view scores, however large its image is.
+        room = min(self._room(tokens), self._room(visual_tokens))
         return EncodedSample(
             key=sample.key,
-            chosen=self._with_response(tokens, chosen),
-            rejected=self._with_response(tokens, rejected),
-            visual=self._with_response(visual_tokens, chosen),
+            chosen=self._with_response(tokens, chosen, room),
+            rejected=self._with_response(tokens, rejected, self._room(tokens)),
+            visual=self._with_response(visual_tokens, chosen, room),
             image=image,
             retrieved=retrieved,
         )
@@ -324,14 +327,19 @@ class AutoBackbone(Backbone):
             rows.append(ids)
         return rows
 
-    def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int]) -> EncodedView:
+    def _room(self, prompt_tokens: Mapping[str, Tensor]) -> int:
+        """How many response tokens fit behind a prompt."""
         before = len(prompt_tokens["input_ids"])
-        room = len(ids) if self.max_length is None else min(len(ids), self.max_length - before)
-        if room < 1:
+        if self.max_length is not None and self.max_length <= before:
             raise SampleError(
                 f"the prompt with its image takes {before} tokens and leaves no response token within "
                 f"max_length={self.max_length}"
             )
+        return sys.maxsize if self.max_length is None else self.max_length - before
+
+    def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int], room: int) -> EncodedView:
+        before = len(prompt_tokens["input_ids"])
+        room = min(len(ids), room)
         tokens = {
             name: torch.cat([value, torch.zeros(room, dtype=value.dtype)]) for name, value in prompt_tokens.items()
         }
@@ -626,8 +634,9 @@ class AutoBackbone(Backbone):
         owner = self.parts(inner)
         # By identity: a head that shares the embeddings' weights counts to the language model.
         head = inner.get_output_embeddings()
+        blocks = {name: _any_index(name) for name, _ in named_blocks(inner)}
         names = [
-            re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
+            _pattern(name, blocks)
             for name, module in inner.named_modules()
             if isinstance(module, nn.Linear) and module is not head and owner[f"{name}.weight"] in parts
         ]
@@ -647,6 +656,18 @@ _PROJECTORS = {"multi_modal_projector", "connector", "aligner", "merger", "deeps
 
 _UNUSED = {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
 """Parts of Janus that make images."""
+
+
+def _any_index(block: str) -> str:
+    """Pattern of a block and its siblings: any number in the place of the last one."""
+    owner, _, index = block.rpartition(".")
+    return re.escape(f"{owner}.") + (r"\d+" if index.isdigit() else re.escape(index))
+
+
+def _pattern(name: str, blocks: Mapping[str, str]) -> str:
+    """Pattern of a module that stands for the same module in every sibling of its block; otherwise its very name."""
+    block = max((block for block in blocks if name.startswith(f"{block}.")), key=len, default=None)
+    return re.escape(name) if block is None else blocks[block] + re.escape(name[len(block) :])
 
 
 def _without_spaces(text: str) -> str:

@@ -49,7 +49,7 @@ class PaliGemmaBackbone(AutoBackbone):
     def _takes_start_token(self, text: str) -> bool:
         return True
 
-    def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int]) -> EncodedView:
-        view = super()._with_response(prompt_tokens, ids)
+    def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int], room: int) -> EncodedView:
+        view = super()._with_response(prompt_tokens, ids, room)
         tokens = {**view.tokens, "token_type_ids": view.response_mask.long()}
         return EncodedView(tokens, view.response_mask, view.truncated)

@@ -76,7 +76,7 @@ def take_over(target: nn.Module, source: nn.Module) -> None:
     taken = {}
     for name, parameter in target.named_parameters():
         value = _value(name, values)
-        local = _as_shard(value.detach(), parameter)
+        local = _as_shard(value.detach().to(parameter.dtype), parameter)
         taken[name] = local.clone() if id(value) in used else local
         used.add(id(value))
     target.load_state_dict(taken, assign=True, strict=False)

@@ -12,6 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -67,7 +69,8 @@ class RDPOModule(pl.LightningModule):
         loss: preference loss; None is :class:`~realign_lightning.losses.RDPOLoss` with Eq. 1's defaults.
         adapter: LoRA settings; None is full fine-tuning.
         trained_parts: parts of the model whose own weights are trained. Beside an adapter this can be the projector,
-            and None trains nothing else; without one None trains all parts.
+            and None trains nothing else (the loose ``image_newline`` of LLaVA-NeXT and -OneVision, which is no module,
+            stays frozen); without one None trains all parts.
         part_learning_rates: learning rates of single parts in place of the optimizer's, for example
             ``{"projector": 2e-5}``. An adapter's weights count to the part that they adapt.
         reference: what the policy is compared with, see :data:`~realign_lightning.modules.reference.ReferenceKind`.
@@ -163,6 +166,7 @@ class RDPOModule(pl.LightningModule):
         """
         if self._policy is not None:
             return
+        self._check_strategy()
         mesh = self._mesh()
         policy = self._load() if mesh is None else self._load_sharded(mesh)
         if self.gradient_checkpointing:
@@ -181,7 +185,12 @@ class RDPOModule(pl.LightningModule):
         return self._freeze(model)
 
     def _load_sharded(self, mesh: DeviceMesh) -> nn.Module:
-        compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        precision = self.trainer.precision
+        if precision not in ("32-true", "bf16-mixed", "bf16-true"):
+            raise ValueError(
+                f"Expected precision 32-true, bf16-mixed or bf16-true with FSDP2Strategy, got {precision!r}."
+            )
+        compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
         self._reference = make_reference(
             self.reference_kind,
             self.adapter is not None,
@@ -205,16 +214,21 @@ class RDPOModule(pl.LightningModule):
                 parameter.requires_grad_(parts[name] in wanted and parameter.is_floating_point())
         return model
 
+    def _check_strategy(self) -> None:
+        """Refuse strategies that shard in ways of their own: export, checkpoints and answers would go wrong."""
+        if self._trainer is None:
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
+            return
+        raise ValueError(
+            "Expected a single device, ddp, or realign_lightning.modules.FSDP2Strategy as trainer.strategy, got "
+            f"{type(strategy).__name__}. To shard a model, take configs/strategies/fsdp2.yaml."
+        )
+
     def _mesh(self) -> DeviceMesh | None:
         """The mesh to shard over, if the strategy has one."""
-        if self.device_mesh is None:
-            return None
-        if not isinstance(self.trainer.strategy, FSDP2Strategy):
-            raise ValueError(
-                f"Expected the strategy realign_lightning.modules.FSDP2Strategy, got "
-                f"{type(self.trainer.strategy).__name__}, whose checkpoints would have to hold every frozen weight."
-            )
-        return self.device_mesh["data_parallel"]
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     @property
     def image_path_is_frozen(self) -> bool:
@@ -305,6 +319,13 @@ class RDPOModule(pl.LightningModule):
         unused = sorted(set(rates) - {parts[name] for name in trained})
         if unused:
             raise ValueError(f"`part_learning_rates` names parts of which nothing is trained: {unused}.")
+        half = sum(value.numel() for value in trained.values() if value.dtype in (torch.bfloat16, torch.float16))
+        if half:
+            rank_zero_warn(
+                f"{half} trained weights are kept in 16 bit, where steps of small learning rates are rounded away. "
+                "precision=bf16-mixed keeps adapters in float32; for full fine-tuning set the backbone's dtype to "
+                "float32 too."
+            )
         if not rates:
             return list(trained.values())
         rest = [value for name, value in trained.items() if parts[name] not in rates]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from realign_lightning.backbones.base import eval_mode
@@ -39,8 +41,16 @@ class AdapterOff(Reference):
     @contextmanager
     def use(self, policy: nn.Module) -> Iterator[nn.Module]:
         """The policy, its adapter disabled and dropout off inside the block."""
-        with eval_mode(policy), policy.disable_adapter():  # type: ignore[operator]
-            yield policy
+        # Not PEFT's disable_adapter, which also toggles what requires a gradient: FSDP2 would not notice the way back.
+        switches: list[Any] = [m for m in policy.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        with eval_mode(policy):
+            try:
+                for module in switches:
+                    module._disable_adapters = True
+                yield policy
+            finally:
+                for module in switches:
+                    module._disable_adapters = False
 
 
 class FrozenCopy(Reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             ValueError: if the checkpoint was made with another backbone or adapter.
         """
         path = Path(self.broadcast(checkpoint_path))
+        trained = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
         if not (path / METADATA).is_file():
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
+            check_shapes(_shapes(saved), _shapes(trained))
             return super().load_checkpoint(path, weights_only)
         options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True, strict=False)
         found = get_model_state_dict(self._module, options=options)
         # Tied weights are found under every name, and saved under their first.
-        weights = {name: found[name] for name, value in self._module.named_parameters() if value.requires_grad}
+        weights = {name: found[name] for name in trained}
         _check_fit(path, weights)
         load({"state_dict": weights}, checkpoint_id=path)
         self._module.load_state_dict(weights)
@@ -112,7 +116,11 @@ def _check_fit(path: Path, weights: dict[str, Any]) -> None:
         for name, value in metadata.items()
         if name.startswith(prefix) and hasattr(value, "size")
     }
-    check_shapes(saved, {name: tuple(value.shape) for name, value in weights.items()})
+    check_shapes(saved, _shapes(weights))
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
 
 
 def check_shapes(saved: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

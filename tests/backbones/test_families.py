@@ -173,6 +173,41 @@ def test_trains_projector_and_adapter_saves_and_loads(family, backbone, tmp_path
     assert policy.chosen[0].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
+def test_in_16_bit_the_reference_is_the_policy_before_training(backbone):
+    """Bit for bit, although the policy's projector is kept in float32; with and without autocast."""
+    half = type(backbone)(backbone.path, dtype="bfloat16")
+    module = RDPOModule(half, adapter=LoRA(r=2, dropout=0.0), trained_parts=["projector"]).eval()
+    batch = batch_of(half, samples_of_different_sizes())
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            policy, reference = module.score(batch)
+        for (_, ours), (_, theirs) in zip(policy.items(), reference.items(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_cut_leaves_the_same_response_beside_both_images(backbone):
+    """Also where the retrieved image takes more or fewer tokens than the image."""
+    answer = "three apples, a bottle of water and a laptop in this image, seen from above at night."
+    for first, second in (((40, 32), (90, 32)), ((90, 32), (40, 32))):
+        sample = PreferenceSample("k", picture(1, first), picture(2, second), "a dog?", answer, "no.")
+        whole = backbone.encode_sample(sample)
+        longest = max(int((~getattr(whole, view).response_mask).sum()) for view in ("chosen", "visual"))
+        cut = type(backbone)(backbone.path, max_length=longest + 4).encode_sample(sample)
+        chosen, visual = (view.tokens["input_ids"][view.response_mask] for view in (cut.chosen, cut.visual))
+        assert chosen.tolist() == visual.tolist()
+        assert len(chosen) == 4
+        assert cut.chosen.truncated == cut.visual.truncated > 0
+
+
+def test_lora_reaches_every_linear_layer_of_the_projector(backbone):
+    model = backbone.load_model()
+    parts = backbone.parts(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name in linear if parts[f"{name}.weight"] in ("language_model", "projector")} - {"lm_head"}
+    adapted = LoRA(r=2, parts=["language_model", "projector"]).apply(backbone, model)
+    assert {name.replace(".base_layer.weight", "") for name in base_layers(adapted)} == expected
+
+
 def test_generates_what_plain_transformers_does(backbone, model):
     prompts, images = ["describe the image.", "is there a dog?"], [picture(3), picture(4, (90, 32))]
     inputs = backbone.encode_prompts(prompts, images)

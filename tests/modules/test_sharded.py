@@ -115,8 +115,42 @@ def test_4_bit_weights_are_refused(tiny_llava, one_device_trainer):
 def test_the_parent_strategy_is_refused(tiny_llava, one_device_trainer):
     backbone = AutoBackbone(str(tiny_llava))
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(ValueError, match="Expected the strategy realign_lightning"):
+    with pytest.raises(ValueError, match=r"Expected a single device, ddp, or .* got ModelParallelStrategy"):
         one_device_trainer(strategy).fit(RDPOModule(backbone, adapter=LoRA(2)), loader(backbone))
+
+
+def test_precisions_without_meaning_are_refused(tiny_llava, one_device_trainer):
+    trainer = one_device_trainer(FSDP2Strategy())
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    backbone = AutoBackbone(str(tiny_llava))
+    with pytest.raises(ValueError, match="Expected precision 32-true, bf16-mixed or bf16-true with FSDP2Strategy"):
+        trainer.fit(RDPOModule(backbone, adapter=LoRA(2)), loader(backbone))
+
+
+def test_a_16_bit_model_trains_its_projector_in_float32(tiny_llava, one_device_trainer):
+    backbone = AutoBackbone(str(tiny_llava), dtype="bfloat16")
+    trainer = one_device_trainer(FSDP2Strategy())
+    module = RDPOModule(backbone, adapter=LoRA(2), trained_parts=["projector"])
+    trainer.fit(module, loader(backbone))
+    trained = [value for value in module.policy.parameters() if value.requires_grad]
+    assert len(trained) == 4 + 2 * 2 * 7
+    assert {value.dtype for value in trained} == {torch.float32}
+    assert {value.dtype for value in module.policy.parameters() if not value.requires_grad} == {torch.bfloat16}
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(1.386294, abs=1e-5)
+
+
+def test_a_file_that_does_not_fit_is_refused(tiny_llava, one_device_trainer, tmp_path):
+    backbone = AutoBackbone(str(tiny_llava))
+    trainer = one_device_trainer(FSDP2Strategy(save_distributed_checkpoint=False))
+    trainer.fit(RDPOModule(backbone, adapter=LoRA(2)), loader(backbone))
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    assert (tmp_path / "whole.ckpt").is_file()
+    again = one_device_trainer(FSDP2Strategy())
+    again.validate(RDPOModule(backbone, adapter=LoRA(2)), loader(backbone), tmp_path / "whole.ckpt", verbose=False)
+    with pytest.raises(ValueError, match="another backbone or adapter"):
+        one_device_trainer(FSDP2Strategy()).validate(
+            RDPOModule(backbone, adapter=LoRA(2, parts=["vision_tower"])), loader(backbone), tmp_path / "whole.ckpt"
+        )
 
 
 def test_one_device_is_enough(tiny_llava, one_device_trainer):

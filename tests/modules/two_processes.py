@@ -57,7 +57,8 @@ def main(checkpoint: str, shards: str, kind: str, engine: str, output: Path) -> 
         gradient_clip_val=1.0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=1,
+        # Without it the reference answers before any other forward pass.
+        num_sanity_val_steps=int(kind != "projector"),
     )
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(output / f"{engine}.ckpt")
