@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pickle
 import sys
 import traceback
 import warnings
@@ -73,8 +74,9 @@ class RealignCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = command and self.config[command].get("ckpt_path")
-        if not path or self.config[command].allow_changed_settings:
+        if not path:
             return
+        _check_checkpoint_path(Path(path), self.config[command].trainer.strategy)
         hparams = _saved_hyperparameters(Path(path))
         if not hparams:
             warnings.warn(
@@ -86,13 +88,38 @@ class RealignCLI(LightningCLI):
         saved = self.parser.parse_object({command: {"model": hparams}}, self.config)
         used = _flatten(saved[command].model.as_dict())
         changed = [name for name in sorted(given.keys() | used.keys()) if given.get(name) != used.get(name)]
+        if self.config[command].allow_changed_settings:
+            # Of a validation the optimizer is no part.
+            changed = [name for name in changed if name.startswith(_RESTORED)] if command == "fit" else []
         if changed:
             listed = "; ".join(f"model.{name} was {used.get(name)!r}, {given.get(name)!r} is given" for name in changed)
             raise ValueError(
                 f"{path} was made with other settings: {listed}. Give the recipe and options that made it; or start a "
                 "new run without --ckpt_path; or, to go on with its weights and the settings given now (a folder that "
-                "moved, another learning rate), add --allow_changed_settings true."
+                "moved, another loss), add --allow_changed_settings true. What is trained, optimizer, rates and "
+                "schedule always go on as they were."
             )
+
+
+_RESTORED = ("optimizer", "lr_scheduler", "part_learning_rates", "trained_parts")
+"""Model settings that a resumed run takes from the checkpoint's optimizer and weights, whatever is given."""
+
+
+def _check_checkpoint_path(path: Path, strategy: Any) -> None:
+    """Refuse a path that no checkpoint lies at, and a folder of shards without the strategy that reads it."""
+    if str(path) in ("last", "best", "hpc") or "://" in str(path) or path.is_file():
+        return
+    if not path.is_dir():
+        raise FileNotFoundError(f"--ckpt_path {path}: no such checkpoint. Give a file, a folder of shards, or `last`.")
+    if not (path / "meta.pt").is_file():
+        raise ValueError(
+            f"--ckpt_path {path}: this folder is no checkpoint, or writing it was interrupted (no meta.pt)."
+        )
+    if "FSDP2Strategy" not in str(strategy):
+        raise ValueError(
+            f"--ckpt_path {path} is a folder of shards, which FSDP2Strategy reads, on any number of devices: add "
+            "--trainer.strategy configs/strategies/fsdp2.yaml; or make files of it by `realign-lightning export`."
+        )
 
 
 def _saved_hyperparameters(path: Path) -> dict[str, Any]:
@@ -103,7 +130,13 @@ def _saved_hyperparameters(path: Path) -> dict[str, Any]:
     if not file.is_file():
         # "last", "best" and the like, and paths that do not exist: the Trainer looks for them.
         return {}
-    hparams = torch.load(file, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--ckpt_path {path}: PyTorch cannot read this file as a checkpoint.") from error
+    if not isinstance(content, dict) or ("state_dict" not in content and file == path):
+        raise ValueError(f"--ckpt_path {path}: this file is no checkpoint of a run.")
+    hparams = content.get("hyper_parameters", {})
     return {name: value for name, value in hparams.items() if name != "_instantiator"}
 
 

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from realign_lightning.types import PreferenceSample
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores.
+    torch.set_num_threads(1)
 # Tokenizers' threads and forked data-loading workers do not mix.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

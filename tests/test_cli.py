@@ -169,6 +169,9 @@ class TestQuickStart:
         resume = [*recipe, "--trainer.max_steps", "5", "--ckpt_path", str(folder / "version_0/checkpoints/step=4.ckpt")]
         with pytest.raises(ValueError, match="made with other settings") as refused:
             run([*resume, "--model.loss.init_args.beta", "0.7", "--model.optimizer.init_args.lr", "0.5"])
+        allowed = ["--allow_changed_settings", "true"]
+        with pytest.raises(ValueError, match=r"model.optimizer.init_args.lr was 0.0003, 0.5 is given\. Give the"):
+            run([*resume, "--model.optimizer.init_args.lr", "0.5", *allowed])
         assert "model.loss.init_args.beta was 0.1, 0.7 is given" in str(refused.value)
         assert "model.optimizer.init_args.lr was 0.0003, 0.5 is given" in str(refused.value)
         assert "--allow_changed_settings true" in str(refused.value)
@@ -249,6 +252,30 @@ class TestBadInput:
     def test_missing_shards(self, args):
         with pytest.raises(ValueError, match="nowhere"):
             run(fit_args(args, "--data.train", "nowhere"))
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("nope.ckpt", "--ckpt_path nope.ckpt: no such checkpoint"),
+            ("empty", "this folder is no checkpoint"),
+            ("shards", "is a folder of shards, which FSDP2Strategy reads"),
+            ("junk.ckpt", "PyTorch cannot read this file"),
+            ("list.ckpt", "this file is no checkpoint of a run"),
+        ],
+    )
+    def test_paths_that_are_no_checkpoints(self, args, inside, path, message):
+        (inside / "empty").mkdir()
+        (inside / "shards").mkdir()
+        (inside / "shards" / "meta.pt").touch()
+        (inside / "junk.ckpt").write_text("text")
+        torch.save([1], inside / "list.ckpt")
+        with pytest.raises((ValueError, OSError), match=message):
+            run(fit_args(args, "--ckpt_path", path))
+
+    def test_4_bit_without_an_adapter(self, args):
+        quantised = ["--model.backbone.init_args.quantization", "nf4", "--model.adapter", "null"]
+        with pytest.raises(ValueError, match="A 4-bit model cannot be trained in full: set `adapter`"):
+            run(fit_args(args, *quantised, "--model.part_learning_rates", "null"))
 
     def test_missing_bitsandbytes(self, args, monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -69,14 +69,12 @@ class LoRA:
                 f"init_lora_weights={self._start!r} changes the weights below the adapter, so that the model with its "
                 "adapter off would no longer be the reference: leave it out."
             )
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules or backbone.linear_pattern(model, self.parts),
-            modules_to_save=list(trained_modules) or None,
-            **self.options,
-        )
+        if self.options.get("bias", "none") != "none":
+            raise ValueError(
+                "The option `bias` trains weights of the model itself, so that the model with its adapter off would no "
+                "longer be the reference: leave it out."
+            )
+        config = self._config(backbone, model, trained_modules)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
@@ -90,6 +88,19 @@ class LoRA:
             if isinstance(module, ModulesToSaveWrapper):
                 _train_in_float32(module.modules_to_save["default"])
         return adapted
+
+    def _config(self, backbone: Backbone, model: nn.Module, trained_modules: Sequence[str]) -> LoraConfig:
+        arguments: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.target_modules or backbone.linear_pattern(model, self.parts),
+            "modules_to_save": list(trained_modules) or None,
+        }
+        try:
+            return LoraConfig(**arguments, **self.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"PEFT's LoraConfig does not take these settings of `adapter`: {error}") from error
 
 
 def _train_in_float32(module: nn.Module) -> None:

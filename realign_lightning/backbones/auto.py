@@ -173,7 +173,10 @@ class AutoBackbone(Backbone):
     @cached_property
     def image_token_id(self) -> int:
         """The token that stands for one image feature."""
-        return int(self._config().image_token_id)
+        token = getattr(self._config(), "image_token_id", None)
+        if token is None:
+            raise ValueError(f"{self.path!r} has no image token in its configuration: this family cannot serve.")
+        return int(token)
 
     def _token_id(self, token: object) -> int:
         return cast("int", self.tokenizer.convert_tokens_to_ids(str(token)))
@@ -276,8 +279,8 @@ class AutoBackbone(Backbone):
         """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
         encoded = self.processor(
             text=[prompt.text],
-            # One list per text: families with several images per text ask for it.
-            images=[list(images)],
+            # One list per text: families with several images per text ask for it. Some take nothing but RGB.
+            images=[[image if image.mode == "RGB" else image.convert("RGB") for image in images]],
             add_special_tokens=self._takes_start_token(prompt.text),
             return_tensors="pt",
         )
@@ -427,11 +430,11 @@ class AutoBackbone(Backbone):
         Raises:
             ValueError: as :meth:`load_model`.
         """
-        dtype = self._torch_dtype()
+        config, dtype = self._config(), self._torch_dtype()
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
-                self._config(),
-                dtype=None if dtype == "auto" else dtype,
+                config,
+                dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
                 attn_implementation=self.attn_implementation,
             )
         return self._checked(model)
@@ -489,7 +492,14 @@ class AutoBackbone(Backbone):
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         with self._naming_the_path():
-            model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(self.path, **kwargs)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(self.path, output_loading_info=True, **kwargs)
+        model: PreTrainedModel = loaded[0]
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"The checkpoint {self.path!r} lacks {len(missing)} weights, {missing[:3]} among them, which would be "
+                "random: it is incomplete, or of another class than its config.json says."
+            )
         return self._checked(model)
 
     @staticmethod

@@ -120,6 +120,9 @@ class RDPOModule(pl.LightningModule):
             unknown = sorted(set(getattr(self, name) or ()) - set(PARTS))
             if unknown:
                 raise ValueError(f"Expected `{name}` to name parts of {list(PARTS)}, got {unknown}.")
+        negative = {part: rate for part, rate in self.part_learning_rates.items() if not rate >= 0}
+        if negative:
+            raise ValueError(f"Expected rates of at least 0 in `part_learning_rates`, got {negative}.")
         if self.trained_parts is not None and not self.trained_parts and self.adapter is None:
             raise ValueError("Nothing to train: `trained_parts` is empty and there is no `adapter`.")
         beside = set(self.trained_parts or ()) - {"projector"}
@@ -201,17 +204,22 @@ class RDPOModule(pl.LightningModule):
 
     def _trained_modules(self, model: nn.Module) -> list[str]:
         """Modules trained in full beside an adapter."""
-        beside = self.adapter is not None and "projector" in (self.trained_parts or ())
-        return self.backbone.projector_modules(model) if beside else []
+        if self.adapter is None or "projector" not in (self.trained_parts or ()):
+            return []
+        modules = self.backbone.projector_modules(model)
+        if not modules:
+            raise ValueError(f"Found no projector in {type(model).__name__}: leave it out of `trained_parts`.")
+        return modules
 
     def _freeze(self, model: nn.Module) -> nn.Module:
         """Freeze what full fine-tuning leaves alone; with an adapter PEFT has done so."""
         if self.adapter is None:
             wanted = PARTS if self.trained_parts is None else self.trained_parts
             parts = self.backbone.parts(model)
+            if not all(parameter.is_floating_point() for parameter in model.parameters()):
+                raise ValueError("A 4-bit model cannot be trained in full: set `adapter`, or `quantization: null`.")
             for name, parameter in model.named_parameters():
-                # Integers are packed 4-bit weights.
-                parameter.requires_grad_(parts[name] in wanted and parameter.is_floating_point())
+                parameter.requires_grad_(parts[name] in wanted)
         return model
 
     def _check_strategy(self) -> None:

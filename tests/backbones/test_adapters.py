@@ -1,6 +1,9 @@
+import shutil
+
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from realign_lightning.backbones import AutoBackbone, LoRA
@@ -74,9 +77,30 @@ def test_an_unknown_target_says_what_there_is(backbone):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_options_that_change_the_reference_are_refused(backbone, start):
+def test_starts_that_change_the_reference_are_refused(backbone, start):
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes the weights below"):
         LoRA(r=2, options={"init_lora_weights": start}).apply(backbone, backbone.load_model())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "all"}, "trains weights of the model itself"),
+        ({"use_dorra": True}, "does not take .* `adapter`: .*dorra"),
+    ],
+)
+def test_other_options_are_refused(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(r=2, options=options).apply(backbone, backbone.load_model())
+
+
+def test_missing_weights_are_refused_instead_of_made_up(tiny_llava, tmp_path):
+    shutil.copytree(tiny_llava, tmp_path / "partial")
+    file = tmp_path / "partial" / "model.safetensors"
+    weights = {name: value for name, value in load_file(file).items() if "q_proj" not in name}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 8 weights, .*q_proj"):
+        AutoBackbone(str(tmp_path / "partial")).load_model()
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])

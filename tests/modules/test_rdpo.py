@@ -409,6 +409,7 @@ def test_full_fine_tuning_freezes_the_parts_that_are_left_out(backbone, tmp_path
         ({"part_learning_rates": {"tower": 1.0}}, r"`part_learning_rates` to name parts of .*, got \['tower'\]"),
         ({"trained_parts": ["vision_tower"]}, r"beside an adapter to be \['projector'\], got \['vision_tower'\]"),
         ({"trained_parts": [], "adapter": None}, "Nothing to train"),
+        ({"part_learning_rates": {"projector": -1.0}}, "rates of at least 0"),
     ],
 )
 def test_parts_that_cannot_be_trained_are_refused(backbone, settings, message):
