@@ -28,6 +28,7 @@ from realign_lightning.cli import run
 from realign_lightning.estimate import CARDS, Card, Estimate, Flops, Job, Memory, Parameters, estimate
 from realign_lightning.estimate.empty import empty_models, nf4_bytes
 from realign_lightning.estimate.example import example_batch
+from realign_lightning.estimate.trial import measure_optimizer
 from realign_lightning.losses import RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, llama_tokenizer, make_tiny, square
@@ -202,6 +203,15 @@ def test_4_bit_as_measured(family, kind, checkpointing, folders):
     )
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_16_bits_take_the_same_whichever_they_are(precision, tiny_llava):
+    def memory(dtype: str, precision: str) -> Memory:
+        backbone = AutoBackbone(str(tiny_llava), dtype=dtype)
+        return estimate(Job(RDPOModule(backbone, adapter=LoRA(**SMALL)), precision=precision)).memory
+
+    assert memory("float16", precision) == memory("bfloat16", f"bf{precision}")
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("projector", "bfloat16"), ("full", "bfloat16"), ("full", "float32")])
 def test_mixed_precision_as_measured(kind, dtype, folders):
     check(
@@ -246,44 +256,56 @@ def test_dropout_is_torchs_own_again_after_an_estimate(tiny_llava):
     assert F.dropout is before
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda weights: torch.optim.AdamW(weights, amsgrad=True),
-        lambda weights: torch.optim.SGD(weights, lr=0.1),
-        lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
-        lambda weights: torch.optim.Adagrad(weights),
-        lambda weights: bnb.optim.AdamW8bit(weights),
-    ],
-    ids=["amsgrad", "sgd", "momentum", "adagrad", "adamw8bit"],
-)
-def test_optimizer_states_as_measured(optimizer, tiny_llava):
-    def job() -> Job:
-        return Job(RDPOModule(AutoBackbone(str(tiny_llava)), adapter=LoRA(r=64), optimizer=optimizer))
+class TestOptimizers:
+    @staticmethod
+    def job(tiny_llava, optimizer, **settings) -> Job:
+        module = RDPOModule(AutoBackbone(str(tiny_llava)), adapter=LoRA(r=64), optimizer=optimizer)
+        return Job(module, **settings)
 
-    assert estimate(job()).memory.optimizer == measure(job()).optimizer
+    @staticmethod
+    def trained(job: Job) -> list[nn.Parameter]:
+        return [value for value in job.module.policy.parameters() if value.requires_grad]
 
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            torch.optim.AdamW,
+            lambda weights: torch.optim.AdamW(weights, amsgrad=True),
+            lambda weights: torch.optim.SGD(weights, lr=0.1),
+            lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
+            torch.optim.Adagrad,
+            bnb.optim.AdamW8bit,
+        ],
+        ids=["adamw", "amsgrad", "sgd", "momentum", "adagrad", "adamw8bit"],
+    )
+    def test_states_as_measured(self, optimizer, tiny_llava):
+        job = self.job(tiny_llava, optimizer)
+        trained = self.trained(job)
+        real = job.module.make_optimizer(trained)
+        for value in trained:
+            value.grad = torch.ones_like(value)
+        real.step()
+        assert measure_optimizer(job, trained)[0] == sum(storages(states_of(real)).values())
 
-def test_optimizers_that_look_at_values_are_reckoned_by_the_element(tiny_llava):
-    """Adafactor keeps 256 + 256 + 1 numbers of four bytes for 256 x 256 weights."""
-    job = Job(RDPOModule(AutoBackbone(str(tiny_llava)), adapter=LoRA(**SMALL), optimizer=torch.optim.Adafactor))
-    estimated = estimate(job)
-    (trained,) = estimated.parameters.trained.values()
-    assert estimated.memory.optimizer == pytest.approx(trained * (256 + 256 + 1) * 4 / 256**2, abs=1)
+    def test_those_that_look_at_values_are_reckoned_by_the_element(self, tiny_llava):
+        """Adafactor keeps 256 + 256 + 1 numbers of four bytes for 256 x 256 weights."""
+        job = self.job(tiny_llava, torch.optim.Adafactor)
+        elements = sum(value.numel() for value in self.trained(job))
+        expected = elements * (256 + 256 + 1) * 4 / 256**2
+        assert measure_optimizer(job, self.trained(job))[0] == pytest.approx(expected, abs=1)
 
+    def test_foreach_holds_a_copy_for_a_moment(self, tiny_llava):
+        """AdamW's denominators, of all weights at a time (torch.optim, "foreach"), unless told otherwise or sharded."""
 
-def test_foreach_optimizers_hold_a_copy_for_a_moment(tiny_llava):
-    """AdamW's denominators of all weights at a time (torch.optim, "foreach"), unless told otherwise."""
+        def temporary(optimizer, **settings) -> int:
+            job = self.job(tiny_llava, optimizer, **settings)
+            return measure_optimizer(job, self.trained(job))[1]
 
-    def step(**options) -> Estimate:
-        def optimizer(weights):
-            return torch.optim.AdamW(weights, **options)
-
-        return estimate(Job(RDPOModule(AutoBackbone(str(tiny_llava)), adapter=LoRA(**SMALL), optimizer=optimizer)))
-
-    together = step()
-    assert together.memory.optimizer_step == pytest.approx(together.memory.gradients, rel=0.05)
-    assert step(foreach=False).memory.optimizer_step < together.memory.optimizer_step / 2
+        job = self.job(tiny_llava, torch.optim.AdamW)
+        together, one = (pick(value.nbytes for value in self.trained(job)) for pick in (sum, max))
+        assert temporary(torch.optim.AdamW) == pytest.approx(together, rel=0.02)
+        assert temporary(lambda weights: torch.optim.AdamW(weights, foreach=False)) <= 3 * one
+        assert temporary(torch.optim.AdamW, layout="fsdp2") <= 3 * one
 
 
 def test_16_bit_training_as_the_trainer_does_it(tiny_llava):
@@ -701,6 +723,13 @@ class TestJobs:
         module = RDPOModule(AutoBackbone(str(tiny_llava), quantization="nf4"), adapter=LoRA(**SMALL))
         with pytest.raises(ValueError, match="FSDP cannot shard 4-bit weights"):
             estimate(Job(module, devices=2, layout="fsdp2"))
+
+    def test_4_bit_weights_cannot_be_trained(self, tiny_llava):
+        """Refused with the words that training refuses it with."""
+        job = Job(RDPOModule(AutoBackbone(str(tiny_llava), quantization="nf4"), trained_parts=["head"]))
+        for refuse in (lambda: estimate(job), lambda: job.module.policy):
+            with pytest.raises(ValueError, match="A 4-bit model cannot be trained in full"):
+                refuse()
 
     def test_the_jobs_module_is_left_alone(self, module):
         estimate(Job(module))

@@ -35,7 +35,7 @@ def nf4_bytes(elements: int) -> int:
         elements: of the weight before it is quantised.
 
     >>> nf4_bytes(4096 * 4096) / (4096 * 4096 / 2)
-    1.0319...
+    1.03186...
     """
     scales = math.ceil(elements / _BLOCK)
     return math.ceil(elements / 2) + scales + 4 * math.ceil(scales / _NESTED_BLOCK) + 4 + 4 * (16 + 256)
@@ -81,7 +81,7 @@ def empty_models(job: Job) -> EmptyModels:
         job: whose models to make; its module is left as it is.
 
     Raises:
-        ValueError: as the backbone and the module raise it when they load; for 4-bit weights that FSDP2 cannot shard.
+        ValueError: as the backbone and the module raise it when they load.
         OSError: when the model's configuration cannot be reached.
     """
     hollow: Any = copy.copy(job.module.backbone)
@@ -90,8 +90,8 @@ def empty_models(job: Job) -> EmptyModels:
         hollow.attn_implementation = "sdpa"
     plain = hollow.empty_model()
     quantised = _four_bit_names(hollow, plain)
-    if quantised and job.layout == "fsdp2":
-        raise ValueError("FSDP cannot shard 4-bit weights: set `quantization: null`, or estimate for the strategy ddp.")
+    if quantised:
+        _check_four_bit(job)
     base = {name: value.numel() for name, value in plain.named_parameters()}
     hollow.load_model = lambda: plain
     module = job.module.clone(backbone=hollow)
@@ -99,10 +99,15 @@ def empty_models(job: Job) -> EmptyModels:
         module.configure_model()
     if job.weights_dtype is not None:
         module.to(job.weights_dtype)
-    for name, parameter in module.policy.named_parameters():
-        # Whole here, packed integers once they are real.
-        parameter.requires_grad_(parameter.requires_grad and plain_name(name) not in quantised)
     return EmptyModels(job, module, type(plain).__name__, base, quantised)
+
+
+def _check_four_bit(job: Job) -> None:
+    """Refuse what the module refuses when its weights are real, and packed."""
+    if job.layout == "fsdp2":
+        raise ValueError("FSDP cannot shard 4-bit weights: set `quantization: null`, or estimate for the strategy ddp.")
+    if job.module.adapter is None:
+        raise ValueError("A 4-bit model cannot be trained in full: set `adapter`, or `quantization: null`.")
 
 
 def _four_bit_names(backbone: Backbone, model: nn.Module) -> frozenset[str]:

@@ -73,7 +73,7 @@ def run_trial(models: EmptyModels, batch: PreferenceBatch) -> Trial:
         value.register_post_accumulate_grad_hook(partial(_note, reached, name))  # type: ignore[no-untyped-call]
     # Gradients exist before, as in every pass but the first of those that are accumulated.
     held = [*module.parameters(), *module.buffers(), *_give_gradients(trained.values())]
-    with _Ledger(held) as ledger, _autocast(models), _dropout_as_on_gpus():
+    with _Ledger(held) as ledger, _autocast(models.job), _dropout_as_on_gpus():
         with torch.no_grad():
             encode_batch_images(module.backbone, module.policy, batch, module.loss.views)
         once = sum(ledger.take_flops())
@@ -174,6 +174,8 @@ def _give_shapes(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
         if id(value) not in made:
             is_weight = isinstance(value, nn.Parameter)
             cast = dtype if is_weight and value.is_floating_point() and dtype is not None else value.dtype
+            # As large; with float16 not every operation works under a CPU's autocast.
+            cast = torch.bfloat16 if cast == torch.float16 else cast
             with mode:
                 empty: Tensor = torch.empty(value.shape, dtype=cast, device="cpu")
             made[id(value)] = (nn.Parameter(empty, value.requires_grad) if is_weight else empty), value
@@ -186,9 +188,8 @@ def _give_shapes(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
                     store[name] = shape_of(value)  # type: ignore[assignment]
 
 
-def _autocast(models: EmptyModels) -> AbstractContextManager[Any]:
-    dtype = models.job.autocast_dtype
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+def _autocast(job: Job) -> AbstractContextManager[Any]:
+    return nullcontext() if job.autocast_dtype is None else torch.autocast("cpu", torch.bfloat16)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
