@@ -226,15 +226,18 @@ def test_mixed_precision_as_measured(kind, dtype, folders):
 
 
 def test_only_eager_attention_keeps_matrices_of_scores(tiny_llava):
-    """Eager: float32 scores of 3 rows, 4 heads and L x L tokens in each of 2 layers. Fused: the mask as numbers."""
+    """Eager: float32 scores of 3 rows, 4 heads and L x L tokens in each of 2 layers. Fused: the mask as numbers.
+
+    Both in padded rows; sdpa shares prompts, which keeps less.
+    """
 
     def job(attention: str) -> Job:
         return Job(RDPOModule(AutoBackbone(str(tiny_llava), attn_implementation=attention), adapter=LoRA(**SMALL)))
 
     check(lambda: job("eager"))
     kinds = ("eager", "sdpa", "flash_attention_2")
-    eager, fused, flash = (estimate(job(attention), length=300).memory.saved for attention in kinds)
-    assert flash == fused
+    eager, shared, fused = (estimate(job(attention), length=300).memory.saved for attention in kinds)
+    assert shared < 0.9 * fused
     assert eager - fused == pytest.approx(2 * 3 * 300 * 300 * 4 * (4 - 1), rel=0.02)
 
 
@@ -380,7 +383,8 @@ def test_shards_as_measured_with_two_ranks(tiny_llava, tmp_path):
     memory = estimate(Job(module, batch_size=2, devices=2, layout="fsdp2", precision="bf16-mixed")).memory
     for name in ("weights", "reference", "gradients", "optimizer"):
         assert getattr(memory, name) == found[name], name
-    assert memory.activations + memory.communication == pytest.approx(found["peak"], rel=0.15)
+    # What bfloat16 products take beside their result depends on the CPU: up to a fifth of these few megabytes.
+    assert memory.activations + memory.communication == pytest.approx(found["peak"], rel=0.25)
 
 
 @pytest.mark.parametrize("elements", [64, 4096, 64 * 257, 128 * 96 + 64])
@@ -531,18 +535,22 @@ def test_full_fine_tuning_of_13b_on_eight_cards(true_size):
 def test_flops_of_the_language_model(tiny_llava):
     """Two per weight and token, four per pair of tokens and channel; the head sees responses only.
 
-    Per sample two responses of R tokens and one of R - 1. The tiny language model: 2 layers of width 64, keys and
-    values of width 32, MLP of width 128. Without weight gradients of frozen layers the backward pass of a LoRA is the
-    forward pass and the adapters' once more, less what nothing asks for: the gradient of the first layer's input.
+    Per sample two responses of R tokens and one of R - 1: a prompt of P tokens with two responses, and another with
+    one. Responses look at their prompt and, masked, at each other; causal halves count in full. The tiny language
+    model: 2 layers of width 64, keys and values of width 32, MLP of width 128. Without weight gradients of frozen
+    layers the backward pass of a LoRA is the forward pass and the adapters' once more, less what nothing asks for: the
+    gradient of the first layer's input.
     """
-    rows, length, response, rank = 6, 200, 50, 4
+    length, response, rank = 200, 50, 4
+    prompt, both = length - response, 2 * response - 1
+    tokens = 2 * (prompt + both + length)
     adapter = LoRA(r=rank, alpha=8, dropout=0.0)
     job = Job(RDPOModule(AutoBackbone(str(tiny_llava)), adapter=adapter), batch_size=2, accumulate_grad_batches=3)
     flops = estimate(job, length, response).flops
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
-    matrices = 2 * rows * length * sum(ins * outs for ins, outs in shapes)
-    adapters = 2 * rows * length * sum(rank * (ins + outs) for ins, outs in shapes)
-    attention = 4 * rows * length * length * 64
+    matrices = 2 * tokens * sum(ins * outs for ins, outs in shapes)
+    adapters = 2 * tokens * sum(rank * (ins + outs) for ins, outs in shapes)
+    attention = 4 * 2 * (prompt * prompt + both * (prompt + both) + length * length) * 64
     vocabulary = len(llama_tokenizer())
     head = 2 * 2 * (3 * response - 1) * 64 * vocabulary
     assert flops.reference == 3 * (2 * (matrices + attention) + head)
@@ -558,8 +566,9 @@ def test_tokens_and_views(tiny_llava):
         result = estimate(job, length=180)
         return result.samples_per_step, result.tokens_per_step
 
-    assert tokens(RDPOLoss()) == (2 * 4 * 6, 2 * 4 * 6 * 3 * 180)
-    assert tokens(RDPOLoss(visual_weight=0.0)) == (2 * 4 * 6, 2 * 4 * 6 * 2 * 180)
+    # Chosen and rejected share what stands before the 128 tokens of a response; the rejected one has 127.
+    assert tokens(RDPOLoss()) == (2 * 4 * 6, 2 * 4 * 6 * (180 + 127 + 180))
+    assert tokens(RDPOLoss(visual_weight=0.0)) == (2 * 4 * 6, 2 * 4 * 6 * (180 + 127))
 
 
 def test_ddp_keeps_gradients_twice(tiny_llava):
@@ -583,6 +592,7 @@ def made_up(**changes) -> Estimate:
         "accumulate_grad_batches": 5,
         "views": 3,
         "length": 700,
+        "tokens": 2 * 1600,
         "response_tokens": 100,
         "gradient_checkpointing": True,
         "parameters": Parameters(10**9, {"projector": 10**6}, 0),

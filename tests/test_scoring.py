@@ -1,9 +1,12 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 from PIL import Image
 
 from realign_lightning.backbones import AutoBackbone, LoRA
-from realign_lightning.scoring import encode_batch_images, response_lengths, score, sum_log_probs
+from realign_lightning.scoring import encode_batch_images, response_lengths, score
 from realign_lightning.types import PreferenceSample
 from tests.conftest import picture, preference_samples
 
@@ -116,13 +119,15 @@ def test_every_distinct_image_is_encoded_once(backbone, model, views, images_per
 
 def test_head_sees_response_positions_only(backbone, model):
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:-1]))
+    handle = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[:-1].numel())
+    )
     batch = batch_of(backbone, preference_samples(3))
     with torch.no_grad():
         score(backbone, model, batch)
     handle.remove()
     lengths = response_lengths(batch)
-    assert seen == [(int(lengths.chosen.sum() + lengths.rejected.sum() + lengths.visual.sum()),)]
+    assert seen == [int(lengths.chosen.sum() + lengths.rejected.sum() + lengths.visual.sum())]
 
 
 def test_images_can_be_encoded_beforehand(backbone, model):
@@ -148,13 +153,17 @@ def test_gradient_reaches_the_adapter_and_nothing_else(backbone):
     assert all("language_model" in name and "lora_" in name for name in with_gradient)
 
 
-def test_sums_are_float32_also_for_bfloat16_logits():
-    """512 tokens of probability 1/4 each: 512 ln(1/4) = -709.782712893384."""
-    total = sum_log_probs(
-        torch.zeros(512, 4, dtype=torch.bfloat16),
-        torch.zeros(512, dtype=torch.long),
-        torch.zeros(512, dtype=torch.long),
-        1,
-    )
-    assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(-709.782712893384, rel=1e-5)
+def test_sums_are_float32_also_under_bfloat16(backbone):
+    """A head of zeros gives every word of V the same probability: N tokens are N ln(1/V), to float32's digits."""
+    half = AutoBackbone(backbone.path, dtype="bfloat16")
+    model = half.load_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    sample = preference_samples(1)[0]
+    long = dataclasses.replace(sample, chosen=" ".join(["a red bus stands beside two people."] * 20))
+    batch = batch_of(half, [long])
+    with torch.no_grad():
+        scores = score(half, model, batch)
+    count = int(batch.chosen.response_mask.sum())
+    assert count > 150
+    assert scores.chosen.dtype == torch.float32
+    assert scores.chosen.item() == pytest.approx(-count * math.log(model.config.text_config.vocab_size), rel=1e-5)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
+import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +17,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -31,6 +37,9 @@ from transformers import (
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import Backbone, ImageFeatures, Part, PromptImages, eval_mode
 from realign_lightning.backbones.features import RowFeatures
+from realign_lightning.backbones.files import hash_checkpoint, hash_processor
+from realign_lightning.backbones.head import token_log_probs
+from realign_lightning.backbones.packing import PACKABLE, PACKED_SDPA, Packing
 from realign_lightning.backbones.sharded import named_blocks, read_shards, shard, take_over
 from realign_lightning.types import (
     VIEWS,
@@ -194,11 +203,11 @@ class AutoBackbone(Backbone):
         tokens, image = self._encode_prompt(prompt, [*sample.context, sample.image])
         visual_tokens, retrieved = self._encode_prompt(prompt, [*sample.context, sample.retrieved])
         # The visual view has to score the very tokens that the chosen view scores, however large its image is.
-        room = min(self._room(tokens), self._room(visual_tokens))
+        room = min(self._room(tokens, "image"), self._room(visual_tokens, "retrieved image"))
         return EncodedSample(
             key=sample.key,
             chosen=self._with_response(tokens, chosen, room),
-            rejected=self._with_response(tokens, rejected, self._room(tokens)),
+            rejected=self._with_response(tokens, rejected, self._room(tokens, "image")),
             visual=self._with_response(visual_tokens, chosen, room),
             image=image,
             retrieved=retrieved,
@@ -301,6 +310,20 @@ class AutoBackbone(Backbone):
         image_inputs[_IMAGES_PER_ROW] = torch.tensor([len(images)])
         return tokens, image_inputs
 
+    def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """What the processor says itself, or else takes for blank pictures of about these sizes."""
+        # An aid for serving that transformers may change; most families have it, SmolVLM and Janus do not.
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is not None:
+            return list(count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"])
+        prompt = self._render_prompt("a")
+        rounded = [(_round_side(width), _round_side(height)) for width, height in sizes]
+        measured = {
+            size: len(self._encode_prompt(prompt, [Image.new("RGB", size)])[0]["input_ids"])
+            for size in tqdm(dict.fromkeys(rounded), desc="measuring image sizes", unit="size", delay=2, leave=False)
+        }
+        return [measured[size] for size in rounded]
+
     def response_tokenizer(self, prompt: Prompt) -> Callable[[Sequence[str]], list[list[int]]]:
         """A function from responses to their token ids as they follow ``prompt``, without the end-of-turn token.
 
@@ -330,15 +353,18 @@ class AutoBackbone(Backbone):
             rows.append(ids)
         return rows
 
-    def _room(self, prompt_tokens: Mapping[str, Tensor]) -> int:
-        """How many response tokens fit behind a prompt."""
-        before = len(prompt_tokens["input_ids"])
-        if self.max_length is not None and self.max_length <= before:
+    def _room(self, prompt_tokens: Mapping[str, Tensor], image: str) -> int:
+        """How many response tokens fit behind a prompt; nothing of the prompt, image tokens least of all, is cut."""
+        if self.max_length is None:
+            return sys.maxsize
+        ids = prompt_tokens["input_ids"]
+        if self.max_length <= len(ids):
             raise SampleError(
-                f"the prompt with its image takes {before} tokens and leaves no response token within "
-                f"max_length={self.max_length}"
+                f"the prompt with its {image} takes {len(ids)} tokens, {int((ids == self.image_token_id).sum())} of "
+                f"them image tokens, and leaves no response token within max_length={self.max_length}; raise "
+                "max_length, or let the processor make fewer image tokens (processor_kwargs, for example max_pixels)"
             )
-        return sys.maxsize if self.max_length is None else self.max_length - before
+        return self.max_length - len(ids)
 
     def _with_response(self, prompt_tokens: Mapping[str, Tensor], ids: Sequence[int], room: int) -> EncodedView:
         before = len(prompt_tokens["input_ids"])
@@ -363,6 +389,7 @@ class AutoBackbone(Backbone):
             keys=tuple(sample.key for sample in samples),
             truncated=tuple(sample.key for sample in samples if sample.weight and _is_cut(sample)),
             skipped=tuple(skipped for sample in samples for skipped in sample.skipped),
+            fingerprints=tuple(sample.fingerprint for sample in samples),
         )
 
     def _collate_view(self, rows: Sequence[EncodedView]) -> View:
@@ -413,6 +440,40 @@ class AutoBackbone(Backbone):
         """Write tokenizer, image processor and the chat template in use."""
         self.processor.save_pretrained(str(folder))
 
+    def fingerprint(self, hash_file: Callable[[Path], str]) -> dict[str, str]:
+        """The checkpoint's files, and everything given to this backbone but ``attn_implementation``.
+
+        Where the checkpoint lies does not count. A subclass whose own arguments change weights or inputs adds them.
+
+        Raises:
+            ValueError: for a checkpoint that is a PEFT adapter, whose base lies elsewhere.
+            OSError: when the checkpoint is not on this machine.
+        """
+        fresh = copy.copy(self)
+        # Tokenizers remember how they were last called, and save it.
+        fresh.__dict__.pop("processor", None)
+        dtype = self._config().dtype if self.dtype == "auto" else self.dtype
+        return {
+            "backbone": f"{type(self).__module__}.{type(self).__qualname__}",
+            "weights": hash_checkpoint(self._folder(), hash_file),
+            "revision": str(self.revision),
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": str(self.quantization),
+            "processor": hash_processor(fresh.processor),
+            "chat_template": str(fresh.processor.chat_template),
+            "processor_kwargs": json.dumps(self.processor_kwargs, sort_keys=True),
+            "max_length": str(self.max_length),
+            "transformers": transformers.__version__,
+        }
+
+    def _folder(self) -> Path:
+        """Where the checkpoint's files lie on this machine."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            return folder
+        with self._naming_the_path():
+            return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
+
     # ---- model
 
     def load_model(self) -> PreTrainedModel:
@@ -421,8 +482,15 @@ class AutoBackbone(Backbone):
         Raises:
             ValueError: when the checkpoint is no image-text-to-text decoder that takes ``mm_encoder_outputs``.
         """
-        quantization = {"quantization_config": self._nf4()} if self.quantization == "nf4" else {}
-        return self._from_pretrained(**quantization)
+        if self.quantization is None:
+            return self._from_pretrained()
+        model = self._from_pretrained(quantization_config=self._nf4())
+        for module in model.modules():
+            # Where a CPU has bfloat16 instructions, bitsandbytes repacks weights when a layer answers in eval mode, as
+            # the reference does, and the policy that shares them gets no gradient through them any more.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return model
 
     def empty_model(self) -> PreTrainedModel:
         """The model on the meta device, from its configuration alone; 4-bit layers are plain ones here.
@@ -510,6 +578,9 @@ class AutoBackbone(Backbone):
                 "responses cannot share their image."
             )
         model.train(False)
+        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+        if decoder.config._attn_implementation == "sdpa" and decoder._supports_attention_backend:
+            decoder.config._attn_implementation = PACKED_SDPA
         return model
 
     def _torch_dtype(self) -> torch.dtype | str:
@@ -559,13 +630,55 @@ class AutoBackbone(Backbone):
         """Features of the rows ``rows`` of the batch that they were encoded from, in that order."""
         return features.select(rows)
 
-    def response_logits(
-        self, model: nn.Module, tokens: Mapping[str, Tensor], features: ImageFeatures, keep: Tensor
+    def token_log_probs(
+        self,
+        model: nn.Module,
+        tokens: Mapping[str, Tensor],
+        features: ImageFeatures,
+        positions: Tensor,
+        labels: Tensor,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Logits at the positions of ``keep`` only; the vocabulary head sees nothing else."""
-        output = model(**tokens, **features.forward_inputs(), logits_to_keep=keep, use_cache=False)
-        logits: Tensor = output.logits
-        return logits
+        """Log-probs of tokens, the model's own head on their positions only, a chunk at a time."""
+        inner = self._inner(model)
+        inputs = {**tokens, **features.forward_inputs()}
+        if packing is not None:
+            inputs |= packing.attention_inputs(_attention_of(inner), positions.device)
+
+        def run(**inputs: Any) -> Tensor:
+            return token_log_probs(inner, inner.base_model(**inputs, use_cache=False), positions, labels)
+
+        # Under FSDP2 only methods that it knows gather the weights of the head.
+        return cast("Tensor", inner.run_gathered(run, **inputs) if hasattr(inner, "run_gathered") else run(**inputs))
+
+    def unshared_reason(self, model: nn.Module, longest: int) -> str | None:
+        """Prompts that see their whole self, windows shorter than the sequences and other attention forbid sharing."""
+        inner = self._inner(model)
+        config = inner.get_decoder().config
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+        window = getattr(config, "sliding_window", None)
+        if "token_type_ids" in inspect.signature(inner.forward).parameters:
+            return f"{type(inner).__name__} lets prompt or image tokens see those behind them"
+        if kinds:
+            return f"{type(inner).__name__} has layers of {', '.join(kinds)}"
+        if _attention_of(inner) not in PACKABLE:
+            return (
+                f"attention runs through {_attention_of(inner)!r}: set the backbone's attn_implementation to null, "
+                "sdpa or flex_attention"
+            )
+        if window is not None and longest > window:
+            return f"{type(inner).__name__} looks back {window} tokens only, and sequences have up to {longest}"
+        return None
+
+    def position_ids(self, model: nn.Module, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]) -> Tensor:
+        """The model's own ``get_rope_index`` where positions have several axes (Qwen), else the tokens counted."""
+        inner = self._inner(model)
+        if not hasattr(inner.base_model, "get_rope_index"):
+            return super().position_ids(model, tokens, images)
+        accepted = inspect.signature(inner.base_model.get_rope_index).parameters
+        inputs = {name: value for name, value in {**images, **tokens}.items() if name in accepted}
+        positions: Tensor = inner.base_model.get_rope_index(**inputs)[0]
+        return positions
 
     def generate(
         self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
@@ -638,6 +751,10 @@ class AutoBackbone(Backbone):
                 found += [f"{name}.{index}" for index in range(len(module))] if items else [name]
         return found
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of the language model, as transformers marks them."""
+        return [block for _, block in named_blocks(self._inner(model).get_decoder())]
+
     def linear_pattern(self, model: nn.Module, parts: Sequence[Part] = ("language_model",)) -> str:
         """Pattern of the linear layers of some parts, 4-bit ones included."""
         inner = self._inner(model)
@@ -668,6 +785,10 @@ _UNUSED = {"vqmodel", "generation_embeddings", "generation_aligner", "generation
 """Parts of Janus that make images."""
 
 
+def _attention_of(model: Any) -> str:
+    return str(model.get_decoder().config._attn_implementation)
+
+
 def _any_index(block: str) -> str:
     """Pattern of a block and its siblings: any number in the place of the last one."""
     owner, _, index = block.rpartition(".")
@@ -678,6 +799,11 @@ def _pattern(name: str, blocks: Mapping[str, str]) -> str:
     """Pattern of a module that stands for the same module in every sibling of its block; otherwise its very name."""
     block = max((block for block in blocks if name.startswith(f"{block}.")), key=len, default=None)
     return re.escape(name) if block is None else blocks[block] + re.escape(name[len(block) :])
+
+
+def _round_side(pixels: int) -> int:
+    """The next power of 1.1, so that a collection of photos has a few dozen sizes."""
+    return round(1.1 ** round(math.log(pixels, 1.1)))
 
 
 def _without_spaces(text: str) -> str:

@@ -29,6 +29,7 @@ ImageFeatures = Any
 
 if TYPE_CHECKING:
     from realign_lightning.backbones.adapters import LoRA
+    from realign_lightning.backbones.packing import Packing
 
 Part = Literal["vision_tower", "projector", "language_model", "head"]
 """A part of a vision-language model. ``projector`` is whatever turns the tower's features into the language model's
@@ -36,6 +37,19 @@ embeddings (merger, connector, aligner); a head that shares the embeddings' weig
 
 PARTS: tuple[Part, ...] = get_args(Part)
 """All parts."""
+
+
+class ImageTokenError(ValueError):
+    """Image features and the image tokens that they stand for differ in number.
+
+    Args:
+        message: what was expected, what came, and what to do.
+        rows: rows of the batch in which they differ; empty where only the sum over the batch is known.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 @contextmanager
@@ -73,7 +87,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[EncodedSample]) -> PreferenceBatch:
-        """Pad encoded samples on the right and join them into one batch."""
+        """Pad encoded samples on the right and join them into one batch, weights and fingerprints included."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[PromptImages]) -> dict[str, Tensor]:
@@ -100,12 +114,41 @@ class Backbone(ABC):
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response."""
 
+    def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Roughly how many tokens pictures take in a prompt, for grouping samples by length.
+
+        Args:
+            sizes: width and height of every picture in pixels.
+
+        Returns:
+            A number per picture; 0 for all of them in families where every picture takes equally many.
+        """
+        return [0] * len(sizes)
+
     def save_processor(self, folder: str | Path) -> None:  # noqa: B027
         """Write what plain transformers needs to encode inputs as this backbone does; nothing unless a family can.
 
         Args:
             folder: made if needed.
         """
+
+    def fingerprint(self, hash_file: Callable[[Path], str]) -> dict[str, str]:
+        """What a sample's log-probs under the pretrained model depend on, beside the sample, as texts by name.
+
+        The weights themselves (not only where they lie), what they are loaded as, and all that shapes the inputs:
+        processor, prompt template, limits. Not what only changes how the same numbers are computed, such as the
+        implementation of attention. ``reference: cached`` uses log-probs again exactly where all of it is equal.
+
+        Args:
+            hash_file: SHA-256 of a file in hexadecimal; files that were hashed before are not read again.
+
+        Raises:
+            NotImplementedError: for families that cannot.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say by what its log-probs are told apart (Backbone.fingerprint), so that "
+            "none can be cached: use another `reference` than 'cached'."
+        )
 
     # ---- the model
 
@@ -143,7 +186,11 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_images(self, model: nn.Module, images: Mapping[str, Tensor]) -> ImageFeatures:
-        """Vision tower and projector on a batch's image inputs, each image once."""
+        """Vision tower and projector on a batch's image inputs, each image once.
+
+        Raises:
+            ImageTokenError: if they make another number of features than the processor wrote image tokens.
+        """
 
     @abstractmethod
     def join_images(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,10 +201,44 @@ class Backbone(ABC):
         """Features of the images ``rows``, in that order; an index may occur several times."""
 
     @abstractmethod
-    def response_logits(
-        self, model: nn.Module, tokens: Mapping[str, Tensor], features: ImageFeatures, keep: Tensor
+    def token_log_probs(
+        self,
+        model: nn.Module,
+        tokens: Mapping[str, Tensor],
+        features: ImageFeatures,
+        positions: Tensor,
+        labels: Tensor,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Logits (N, vocabulary) at the N positions where ``keep`` (B, L) is True, in row-major order."""
+        """Log-probs of tokens under a model, (N,) float32; the vocabulary head sees no other position.
+
+        Args:
+            model: policy or reference.
+            tokens: (B, L) rows, or one packed row with its ``position_ids``.
+            features: of the images in the rows, in order.
+            positions: (N,) places in the B x L positions from which the tokens are predicted.
+            labels: (N,) the tokens.
+            packing: what stands where in a packed row; None for rows of one sequence each.
+        """
+
+    def unshared_reason(self, model: nn.Module, longest: int) -> str | None:
+        """Why responses cannot share their prompt's row under a model, or None if they can.
+
+        Args:
+            model: policy or reference.
+            longest: tokens of the longest prompt with a response.
+        """
+        return f"{type(self).__name__} does not know how"
+
+    def position_ids(self, model: nn.Module, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]) -> Tensor:
+        """Positions of the tokens of padded rows as the model counts them, (B, L) or (axes, B, L).
+
+        Args:
+            model: policy or reference.
+            tokens: (B, L) rows.
+            images: image inputs of the rows.
+        """
+        return (tokens["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
 
     @abstractmethod
     def generate(
@@ -182,6 +263,14 @@ class Backbone(ABC):
     @abstractmethod
     def projector_modules(self, model: nn.Module) -> list[str]:
         """Names of the modules that make up the projector, each with a forward of its own."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The language model's repeated blocks, which can be compiled one by one.
+
+        Raises:
+            NotImplementedError: for families that do not name them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not name its blocks: set `compile_backend: null`.")
 
     @abstractmethod
     def linear_pattern(self, model: nn.Module, parts: Sequence[Part] = ("language_model",)) -> str:

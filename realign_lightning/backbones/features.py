@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
+
+from realign_lightning.backbones.base import ImageTokenError
 
 LANGUAGE_INPUTS = ("image_grid_thw",)
 """Image inputs that the language model's forward reads too (positions of Qwen's image tokens), one row per image."""
@@ -48,8 +51,9 @@ class RowFeatures:
             images_per_row: images of every row.
 
         Raises:
-            ValueError: when there are not as many features as image tokens.
+            ImageTokenError: when there are not as many features as image tokens, in the batch or in a row.
         """
+        _check_counts(output.pooler_output, tokens_per_row, images_per_row)
         inputs = {name: torch.split(images[name], list(images_per_row)) for name in LANGUAGE_INPUTS if name in images}
         return cls(
             type(output),
@@ -98,9 +102,29 @@ class RowFeatures:
 def _cut(features: Tensor | Sequence[Tensor], tokens_per_row: Sequence[int]) -> tuple[Tensor, ...]:
     parts = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-    if len(flat) != sum(tokens_per_row):
-        raise ValueError(
-            f"Expected one image feature per image token, got {len(flat)} features for {sum(tokens_per_row)} tokens: "
-            "the processor and the model of this checkpoint do not fit together."
-        )
     return torch.split(flat, list(tokens_per_row))
+
+
+def _check_counts(
+    features: Tensor | Sequence[Tensor], tokens_per_row: Sequence[int], images_per_row: Sequence[int]
+) -> None:
+    """Compare features with image tokens: row by row where the family returns them by image, else in sum."""
+    if isinstance(features, Tensor):
+        counts = [features.shape[1:-1].numel()] * len(features)
+    else:
+        counts = [part.shape[:-1].numel() for part in features]
+    found, expected, wrong = sum(counts), sum(tokens_per_row), []
+    if len(counts) == sum(images_per_row):
+        per_image = iter(counts)
+        per_row = [sum(islice(per_image, images)) for images in images_per_row]
+        wrong = [row for row, tokens in enumerate(tokens_per_row) if per_row[row] != tokens]
+        if wrong:
+            found, expected = per_row[wrong[0]], tokens_per_row[wrong[0]]
+    if found != expected:
+        raise ImageTokenError(
+            f"Expected one image feature per image token, got {found} features for {expected} image tokens. The "
+            "processor writes other numbers of image tokens than the model makes features of: compare the backbone's "
+            "`processor_kwargs` and the checkpoint's processor_config.json (patch size, image size, tokens per image) "
+            "with its config.json.",
+            wrong,
+        )

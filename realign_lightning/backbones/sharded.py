@@ -52,6 +52,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
     if not hasattr(model, "get_image_features"):
         model.get_image_features = model.base_model.get_image_features  # type: ignore[union-attr]
     register_fsdp_forward_method(model, "get_image_features")
+    model.run_gathered = _run  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "run_gathered")
     # Ranks that finish an answer early go on gathering weights for the others.
     model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
@@ -102,6 +104,10 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
             yield name, module
+
+
+def _run(function: Callable[..., Tensor], **inputs: Any) -> Tensor:
+    return function(**inputs)
 
 
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from realign_lightning.backbones import Backbone
+from realign_lightning.backbones.packing import PACKABLE
 from realign_lightning.estimate.job import Job
 from realign_lightning.modules import FrozenCopy, RDPOModule
 
@@ -85,16 +86,19 @@ def empty_models(job: Job) -> EmptyModels:
         OSError: when the model's configuration cannot be reached.
     """
     hollow: Any = copy.copy(job.module.backbone)
-    if getattr(hollow, "attn_implementation", None) not in (None, "eager"):
+    attention = getattr(hollow, "attn_implementation", None)
+    share_prefix = job.module.share_prefix
+    if attention not in (None, "sdpa", "eager"):
         # Flash attention and its like need a GPU to be set up, and keep what PyTorch's own fused attention keeps.
         hollow.attn_implementation = "sdpa"
+        share_prefix = share_prefix if attention in PACKABLE else False
     plain = hollow.empty_model()
     quantised = _four_bit_names(hollow, plain)
     if quantised:
         _check_four_bit(job)
     base = {name: value.numel() for name, value in plain.named_parameters()}
     hollow.load_model = lambda: plain
-    module = job.module.clone(backbone=hollow)
+    module = job.module.clone(backbone=hollow, share_prefix=share_prefix, compile_backend=None)
     with torch.device("meta"):
         module.configure_model()
     if job.weights_dtype is not None:

@@ -10,6 +10,7 @@ from realign_lightning.estimate.job import Job
 from realign_lightning.estimate.result import Estimate, Flops, Memory, Parameters
 from realign_lightning.estimate.sharing import communication_bytes
 from realign_lightning.estimate.trial import Trial, measure_optimizer, run_trial
+from realign_lightning.scoring import make_rows
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def estimate(job: Job, length: int | None = None, response_tokens: int = RESPONS
     unpacked = max((tensor_bytes(value) for name, value in policy.items() if models.is_quantised(name)), default=0)
     largest = max(policy.values(), key=lambda value: value.numel())
     dtype = job.autocast_dtype or largest.dtype
+    views = job.module.loss.views
+    rows = make_rows(job.module.backbone, models.policy, example.batch, views, models.module.share_prefix)
     log.info("Running a training step without values; with 13 billion parameters that takes half a minute")
     # The trial takes the models' weights away.
     trial = run_trial(models, example.batch)
@@ -54,8 +57,9 @@ def estimate(job: Job, length: int | None = None, response_tokens: int = RESPONS
         devices=job.world_size,
         batch_size=job.batch_size,
         accumulate_grad_batches=job.accumulate_grad_batches,
-        views=len(job.module.loss.views),
+        views=len(views),
         length=example.length,
+        tokens=rows.tokens["input_ids"].numel(),
         response_tokens=example.response_tokens,
         gradient_checkpointing=job.module.gradient_checkpointing,
         parameters=parameters,

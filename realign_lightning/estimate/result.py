@@ -122,7 +122,8 @@ class Estimate:
         batch_size: samples per device and forward pass.
         accumulate_grad_batches: forward passes per optimizer step.
         views: rows per sample.
-        length: tokens per row, pictures included.
+        length: tokens of the longest view, pictures included.
+        tokens: that go through the language model in one forward pass of a device, padding included.
         response_tokens: tokens per response.
         gradient_checkpointing: whether activations are recomputed.
         parameters: their numbers.
@@ -138,6 +139,7 @@ class Estimate:
     accumulate_grad_batches: int
     views: int
     length: int
+    tokens: int
     response_tokens: int
     gradient_checkpointing: bool
     parameters: Parameters
@@ -151,8 +153,8 @@ class Estimate:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per optimizer step, padding and image tokens included."""
-        return self.samples_per_step * self.views * self.length
+        """Tokens per optimizer step, padding and image tokens included; a prefix that views share counts once."""
+        return self.tokens * self.accumulate_grad_batches * self.devices
 
     def fits(self, card: Card) -> bool:
         """Whether every device's share fits a card, with :data:`~realign_lightning.estimate.cards.RESERVED_GB` left.
@@ -222,7 +224,8 @@ class Estimate:
         devices = f"{self.devices} {_plural('device', self.devices)} ({self.layout})"
         accumulated = f" x {self.accumulate_grad_batches} accumulated" if self.accumulate_grad_batches > 1 else ""
         yield _row("step", f"{self.samples_per_step} samples: {self.batch_size} x {devices}{accumulated}")
-        yield _row("", f"{self.tokens_per_step:,} tokens: {self.views} rows a sample x {self.length} tokens")
+        per_sample = f"{self.tokens / self.batch_size:,.0f} a sample"
+        yield _row("", f"{self.tokens_per_step:,} tokens: {per_sample}, {self.views} views of up to {self.length}")
         width, height = PICTURE
         prompt = f"{self.length - self.response_tokens} tokens of prompt and picture ({width} x {height})"
         yield _row("assumed", f"{prompt}, {self.response_tokens} of response")

@@ -31,7 +31,7 @@ from realign_lightning.modules.hparams import component_spec
 from realign_lightning.modules.reference import Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
 from realign_lightning.modules.strategy import FSDP2Strategy, check_shapes
-from realign_lightning.scoring import encode_batch_images, response_lengths, score
+from realign_lightning.scoring import SharePrefix, encode_batch_images, make_rows, response_lengths, score
 from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, Prompt, ViewName
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
@@ -77,10 +77,14 @@ class RDPOModule(pl.LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes the scheduler from the optimizer and the number of steps; None keeps the rate constant.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
+        share_prefix: whether chosen and rejected share one [image + prompt] prefix, see
+            :data:`~realign_lightning.scoring.SharePrefix`. True fails at the first batch where the model cannot.
+        compile_backend: compile the language model's blocks with this backend of ``torch.compile``, for example
+            ``inductor``. The first steps take minutes; sequences of other lengths are not compiled anew.
 
     Raises:
-        ValueError: for ``reference='adapter_off'`` without an adapter, parts that cannot be trained beside one, and
-            learning rates of unknown parts.
+        ValueError: for gradient checkpointing together with compilation, ``reference='adapter_off'`` without an
+            adapter, parts that cannot be trained beside one, and learning rates of unknown parts.
         TypeError: for a component that cannot be described by plain values.
     """
 
@@ -95,8 +99,15 @@ class RDPOModule(pl.LightningModule):
         optimizer: OptimizerCallable = paper_adamw,
         lr_scheduler: SchedulerCallable | None = WarmupCosine,
         gradient_checkpointing: bool = False,
+        share_prefix: SharePrefix = "auto",
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
+        if compile_backend is not None and gradient_checkpointing:
+            raise ValueError(
+                "`compile_backend` and `gradient_checkpointing` do not go together: torch.compile leaves alone what is "
+                "recomputed. Set `gradient_checkpointing: false`, or `compile_backend: null`."
+            )
         if reference == "adapter_off" and adapter is None:
             raise ValueError("reference='adapter_off' needs an adapter to switch off: set `adapter`.")
         self.backbone = backbone
@@ -109,6 +120,8 @@ class RDPOModule(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
+        self.share_prefix: SharePrefix = share_prefix
+        self.compile_backend = compile_backend
         self._policy: nn.Module | None = None
         self._reference: Reference | None = None
         self._window = _Window()
@@ -177,8 +190,17 @@ class RDPOModule(pl.LightningModule):
             inner.activation_checkpointing_enable({"use_reentrant": False})
         if not any(parameter.requires_grad for parameter in policy.parameters()):
             raise ValueError("Nothing to train: every weight is frozen. Set `adapter` (a 4-bit model needs one).")
+        self._compile(policy)
         # Models come from disk in eval mode, and the Trainer leaves them in the mode that they are in.
         self._policy = policy.train(self.training)
+
+    def _compile(self, policy: nn.Module) -> None:
+        """Compile block by block: they are alike, so that one is compiled and all run it."""
+        if self.compile_backend is not None:
+            copies = self._reference.children() if self._reference is not None else ()
+            for model in (policy, *copies):
+                for block in self.backbone.blocks(model):
+                    block.compile(backend=self.compile_backend, dynamic=True)
 
     def _load(self) -> nn.Module:
         model = self.backbone.load_model()
@@ -258,11 +280,12 @@ class RDPOModule(pl.LightningModule):
         share = self.image_path_is_frozen
         with torch.no_grad() if share else nullcontext():
             images = encode_batch_images(self.backbone, self.policy, batch, views)
+        rows = make_rows(self.backbone, self.policy, batch, views, self.share_prefix)
         reference = None
         if with_reference:
             with torch.no_grad(), self.reference.use(self.policy) as model:
-                reference = score(self.backbone, model, batch, views, images if share else None)
-        return score(self.backbone, self.policy, batch, views, images), reference
+                reference = score(self.backbone, model, batch, views, images if share else None, rows)
+        return score(self.backbone, self.policy, batch, views, images, rows), reference
 
     def on_train_start(self) -> None:
         """Forget what an interrupted run left unlogged."""
@@ -398,6 +421,8 @@ class RDPOModule(pl.LightningModule):
             "optimizer": self.make_optimizer,
             "lr_scheduler": self.make_scheduler,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "share_prefix": self.share_prefix,
+            "compile_backend": self.compile_backend,
         }
         return type(self)(**{**arguments, **changes})
 

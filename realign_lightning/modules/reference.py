@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from realign_lightning.backbones.base import eval_mode
+from realign_lightning.modules.cache import Entry
+from realign_lightning.modules.cache_pass import fingerprints_of
+from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, ViewName
 
-ReferenceKind = Literal["auto", "adapter_off", "frozen_copy"]
+ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "cached"]
 """``adapter_off``: the policy's own weights with its adapter switched off, at no memory. ``frozen_copy``: a second set
-of weights, for full fine-tuning. ``auto``: the first if there is an adapter, else the second."""
+of weights, for full fine-tuning. ``auto``: the first if there is an adapter, else the second. ``cached``: its log-probs
+are computed once per sample and kept on disk; nothing of it is in memory while training."""
 
 
 class Reference(nn.Module):
@@ -75,6 +80,64 @@ class FrozenCopy(Reference):
         yield self.model
 
 
+class CachedReference(Reference):
+    """Log-probs that were computed before, looked up by fingerprint of the sample; no weights.
+
+    Args:
+        has_adapter: whether the policy carries an adapter, which :meth:`use` switches off.
+
+    Attributes:
+        entries: log-probs by fingerprint of the sample.
+    """
+
+    def __init__(self, has_adapter: bool) -> None:
+        super().__init__()
+        self.has_adapter = has_adapter
+        self.entries: Mapping[str, Entry] = {}
+
+    def log_probs(self, batch: PreferenceBatch, views: Sequence[ViewName] = VIEWS) -> LogProbs:
+        """Log-probs of the views under the reference, (B,) float32 each, on the batch's device.
+
+        Args:
+            batch: B samples.
+            views: which views to look up.
+
+        Raises:
+            ValueError: for a sample without a fingerprint.
+            UnknownSampleError: for a sample that was not scored before.
+        """
+        names = fingerprints_of(batch)
+        unknown = [key for key, name in zip(batch.keys, names, strict=True) if name not in self.entries]
+        if unknown:
+            raise UnknownSampleError(
+                f"The reference cache ({len(self.entries)} samples) lacks sample {unknown[0]!r}. A Trainer caches what "
+                "its datamodule's `sample_readers` offer before it starts: the sample has changed since, or comes from "
+                "elsewhere. Call RDPOModule.cache_reference(batches) before, or set another `reference`."
+            )
+        values = torch.tensor([self.entries[name] for name in names], dtype=torch.float32)
+        columns = dict(zip(Entry._fields, values.to(batch.weights.device).unbind(dim=1), strict=True))
+        return LogProbs(**{view: columns[view] for view in VIEWS if view in views})
+
+    @contextmanager
+    def use(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The policy with its adapter off.
+
+        Raises:
+            ValueError: without an adapter: there is no such model in memory.
+        """
+        if not self.has_adapter:
+            raise ValueError(
+                "With reference='cached' and without an adapter the reference is in memory as log-probs of the training "
+                "data only, and cannot score or answer anything else: use reference='frozen_copy' for that."
+            )
+        with AdapterOff().use(policy) as model:
+            yield model
+
+
+class UnknownSampleError(LookupError):
+    """A sample has no cached log-probs; the message names it."""
+
+
 def make_reference(kind: ReferenceKind, has_adapter: bool, copy_model: Callable[[], nn.Module]) -> Reference:
     """Choose the reference for a model that is about to be trained.
 
@@ -90,4 +153,6 @@ def make_reference(kind: ReferenceKind, has_adapter: bool, copy_model: Callable[
         kind = "adapter_off" if has_adapter else "frozen_copy"
     if kind == "adapter_off" and not has_adapter:
         raise ValueError("reference='adapter_off' needs an adapter to switch off: set `adapter`, or use 'frozen_copy'.")
+    if kind == "cached":
+        return CachedReference(has_adapter)
     return AdapterOff() if kind == "adapter_off" else FrozenCopy(copy_model())

@@ -1,0 +1,69 @@
+"""What tells checkpoints and processors apart: the content of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+_ADAPTER = "adapter_config.json"
+
+
+def hash_checkpoint(folder: Path, hash_file: Callable[[Path], str]) -> str:
+    """SHA-256 over every file in a checkpoint's folder that its weights may be read from, and its configuration.
+
+    Args:
+        folder: with ``config.json`` and files of weights.
+        hash_file: SHA-256 of a file.
+
+    Raises:
+        ValueError: for a PEFT adapter, whose weights are those of a base that lies elsewhere.
+        FileNotFoundError: if there are no weights.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise ValueError(
+            f"Expected a whole checkpoint, got {folder} with {_ADAPTER}: the base of an adapter lies elsewhere and "
+            "could change unseen. Merge the adapter (realign-lightning export --merge), or use another `reference` "
+            "than 'cached'."
+        )
+    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+    if not any(file.suffix != ".json" for file in files):
+        raise FileNotFoundError(f"Expected weights (*.safetensors or *.bin) in {folder}, found none.")
+    return hash_texts({file.name: hash_file(file) for file in files})
+
+
+def hash_processor(processor: Any) -> str:
+    """SHA-256 over what a processor saves, its chat template left out.
+
+    Args:
+        processor: of transformers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        files = [file for file in Path(folder).rglob("*") if file.is_file() and not _is_template(file)]
+        return hash_texts({str(file.relative_to(folder)): hash_bytes(file.read_bytes()) for file in files})
+
+
+def hash_texts(texts: Mapping[str, str]) -> str:
+    """SHA-256 over names and texts, in the order of the names.
+
+    Args:
+        texts: texts by name.
+    """
+    return hash_bytes(repr(sorted(texts.items())).encode())
+
+
+def hash_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal.
+
+    Args:
+        data: what to hash.
+    """
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_template(file: Path) -> bool:
+    return file.name.startswith("chat_template") or "additional_chat_templates" in file.parts

@@ -1,0 +1,258 @@
+"""Reference log-probs on disk, to be used again exactly where everything that they depend on is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tqdm import tqdm
+
+from realign_lightning.types import VIEWS, ViewName
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "1"
+"""Raised whenever this package encodes or scores samples differently, so that older caches are not used."""
+
+FINGERPRINT = "fingerprint.json"
+"""The file that says what the log-probs beside it depend on."""
+
+FILE_HASHES = "files.json"
+"""The file that keeps the hashes of checkpoints' files."""
+
+_SYNC_SECONDS = 10.0
+"""Most that a machine which loses its power loses; a process that is killed loses nothing that it wrote."""
+
+_CHUNK = 1 << 24
+
+
+class Entry(NamedTuple):
+    """Log-probs of a sample under the reference: sums over response tokens, float32 values.
+
+    Args:
+        chosen: log pi(y_w | x, v).
+        rejected: log pi(y_l | x, v).
+        visual: log pi(y_w | x, v_l).
+    """
+
+    chosen: float
+    rejected: float
+    visual: float
+
+
+class ReferenceCache:
+    """Log-probs by fingerprint of the sample, in memory and in a folder.
+
+    Runs share ``root``. In it every fingerprint of a model has a folder of its own, with ``fingerprint.json`` and one
+    file per writing process (JSON lines), so that processes, and runs, can write at the same time. In memory a sample
+    takes about 350 bytes: a million are no trouble.
+
+    Args:
+        root: folder of all caches; made if needed.
+        fingerprint: what the log-probs depend on beside the sample, as texts by name.
+
+    Raises:
+        ValueError: if files in the folder are damaged, or of another fingerprint.
+    """
+
+    def __init__(self, root: Path, fingerprint: Mapping[str, str]) -> None:
+        self.fingerprint = dict(fingerprint)
+        self.folder = root / _digest(self.fingerprint)[:16]
+        self.entries: dict[str, Entry] = {}
+        self._file: IO[bytes] | None = None
+        self._synced = 0.0
+        if self.folder.is_dir():
+            self._check_fingerprint()
+            for path in sorted(self.folder.glob("*.jsonl")):
+                self.entries.update(_read(path))
+        else:
+            # A folder appears whole, or not at all.
+            with_content = self.folder.with_name(f".{self.folder.name}-{uuid.uuid4().hex}")
+            with_content.mkdir(parents=True)
+            (with_content / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
+            _rename_unless_there(with_content, self.folder)
+
+    def _check_fingerprint(self) -> None:
+        found = _read_json(self.folder / FINGERPRINT)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"The reference cache {self.folder} does not hold what its name says: "
+                f"{describe_changes(found, self.fingerprint)}. It was changed by hand: remove it."
+            )
+
+    def add(self, entries: Mapping[str, Entry], keys: Mapping[str, str], rank: int = 0) -> None:
+        """Remember log-probs, and write them to this process's file.
+
+        Args:
+            entries: log-probs by fingerprint of the sample.
+            keys: the samples' keys by fingerprint, for people who read the files.
+            rank: of this process, for the name of its file.
+
+        Raises:
+            ValueError: if one is not finite; nothing is kept then.
+        """
+        for name, entry in entries.items():
+            if not all(map(math.isfinite, entry)):
+                raise ValueError(
+                    f"Sample {keys[name]!r} has log-probs {entry} under the reference: the model does not compute in "
+                    "this dtype and precision, or its weights are broken. Nothing of this batch was cached."
+                )
+        if not entries:
+            return
+        if self._file is None:
+            self._file = (self.folder / f"rank-{rank}-{uuid.uuid4().hex[:12]}.jsonl").open("xb", buffering=0)
+            self._synced = time.monotonic()
+        lines = ({"sample": name, "key": keys[name], **entry._asdict()} for name, entry in entries.items())
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+        self.entries.update(entries)
+
+    def close(self) -> None:
+        """Finish writing; reading goes on, and writing may too."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def nearest_fingerprint(root: Path, fingerprint: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Of the caches in a folder that are of another fingerprint, what the most similar one was made with.
+
+    Args:
+        root: folder of all caches.
+        fingerprint: that is looked for.
+
+    Returns:
+        A fingerprint; None if there is no cache at all, or the one that is looked for.
+    """
+    if (root / _digest(fingerprint)[:16] / FINGERPRINT).is_file():
+        return None
+    found = [_read_json(path) for path in sorted(root.glob(f"[!.]*/{FINGERPRINT}"))]
+    return min(found, key=lambda other: len(_changed(other, fingerprint)), default=None)
+
+
+def describe_changes(made_with: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which entries of two fingerprints differ, in words.
+
+    Args:
+        made_with: the fingerprint of a cache.
+        now: the one that is needed.
+
+    >>> describe_changes({"dtype": "float32", "revision": "a"}, {"dtype": "bfloat16", "revision": "a"})
+    'made with dtype float32, now bfloat16'
+    """
+
+    def change(name: str) -> str:
+        before, after = made_with.get(name, "not known"), now.get(name, "not known")
+        is_short = max(len(before), len(after)) <= _SHOWN and "\n" not in before + after
+        return f"made with {name} {before}, now {after}" if is_short else f"made with other {name}"
+
+    return "; ".join(map(change, _changed(made_with, now)))
+
+
+_SHOWN = 60
+"""Longest value that messages show; hashes and templates are longer."""
+
+
+class FileHasher:
+    """SHA-256 of files; what was hashed is known again by path, size and time of change.
+
+    Args:
+        memory: JSON file to remember hashes in; None forgets them.
+    """
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory = memory
+        self._known: dict[str, dict[str, Any]] = {}
+        if memory is not None and memory.is_file():
+            self._known = _read_json(memory)
+
+    def __call__(self, path: Path) -> str:
+        """SHA-256 of a file in hexadecimal.
+
+        Args:
+            path: the file.
+        """
+        state = path.stat()
+        seen = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        known = self._known.get(str(path.resolve()), {})
+        if {name: known.get(name) for name in seen} == seen:
+            return str(known["sha256"])
+        digest = hashlib.sha256()
+        with (
+            path.open("rb") as file,
+            tqdm(
+                desc=f"identify {path.name}", total=state.st_size, unit="B", unit_scale=True, delay=2, leave=False
+            ) as bar,
+        ):
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                bar.update(len(chunk))
+        self._known[str(path.resolve())] = {**seen, "sha256": digest.hexdigest()}
+        self._save()
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self._memory is not None:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex}")
+            beside.write_text(json.dumps(self._known, indent=2) + "\n", encoding="utf-8")
+            beside.replace(self._memory)
+
+
+def _digest(fingerprint: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path} of a reference cache cannot be read ({error}): remove {path.parent}.") from error
+
+
+def _rename_unless_there(source: Path, target: Path) -> None:
+    """Move a folder to its place, or drop it where another process was faster."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not (target / FINGERPRINT).is_file():
+            raise
+        (source / FINGERPRINT).unlink()
+        source.rmdir()
+
+
+def _read(path: Path) -> Iterator[tuple[str, Entry]]:
+    """Log-probs in a file by fingerprint; a last line that was cut when its writer was killed is left out."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        log.warning("%s ends in the middle of a line, as its writer was killed: 1 sample is computed anew.", path)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            yield str(record["sample"]), Entry(*(_finite(record, view) for view in VIEWS))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Line {number} of {path} is damaged ({error}): remove the file, what it held is computed anew."
+            ) from error
+
+
+def _finite(record: Mapping[str, Any], view: ViewName) -> float:
+    value = float(record[view])
+    if not math.isfinite(value):
+        raise ValueError(f"{view} is {value}")
+    return value
