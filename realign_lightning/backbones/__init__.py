@@ -8,20 +8,34 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from realign_lightning.backbones.base import PARTS, Backbone, ImageFeatures, Part
+from realign_lightning.backbones.base import PARTS, Backbone, ImageFeatures, ImageTokenError, Part
 
 if TYPE_CHECKING:
     from realign_lightning.backbones.adapters import LoRA
     from realign_lightning.backbones.auto import AutoBackbone
+    from realign_lightning.backbones.packing import Packing, Tree
     from realign_lightning.backbones.paligemma import PaliGemmaBackbone
 
 _HOMES = {
     "AutoBackbone": "realign_lightning.backbones.auto",
     "LoRA": "realign_lightning.backbones.adapters",
+    "Packing": "realign_lightning.backbones.packing",
     "PaliGemmaBackbone": "realign_lightning.backbones.paligemma",
+    "Tree": "realign_lightning.backbones.packing",
 }
 
-__all__ = ["PARTS", "AutoBackbone", "Backbone", "ImageFeatures", "LoRA", "PaliGemmaBackbone", "Part"]
+__all__ = [
+    "PARTS",
+    "AutoBackbone",
+    "Backbone",
+    "ImageFeatures",
+    "ImageTokenError",
+    "LoRA",
+    "Packing",
+    "PaliGemmaBackbone",
+    "Part",
+    "Tree",
+]
 
 
 def __getattr__(name: str) -> Any:

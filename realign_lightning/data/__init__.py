@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from realign_lightning.data.builder import ShardBuilder
-from realign_lightning.data.datamodule import BadDataError, DualPreferenceDataModule, SkipLog
+from realign_lightning.data.datamodule import BadDataError, DualPreferenceDataModule, SampleReader, SkipLog
+from realign_lightning.data.lengths import group_by_length
 from realign_lightning.data.scan import ShardError, scan_shard
-from realign_lightning.data.schema import SCHEMA_VERSION, decode_sample, encode_members
+from realign_lightning.data.schema import SCHEMA_VERSION, decode_sample, encode_members, fingerprint_members
 from realign_lightning.data.shards import ShardIndex, ShardInfo, ShardWriter, read_index
 from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDataset
 
@@ -15,6 +16,7 @@ __all__ = [
     "DualPreferenceDataModule",
     "EpochSampler",
     "SampleIndex",
+    "SampleReader",
     "ShardBuilder",
     "ShardDataset",
     "ShardError",
@@ -24,6 +26,8 @@ __all__ = [
     "SkipLog",
     "decode_sample",
     "encode_members",
+    "fingerprint_members",
+    "group_by_length",
     "read_index",
     "scan_shard",
 ]

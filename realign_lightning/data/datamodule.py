@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.builder import ShardBuilder
-from realign_lightning.data.stream import EpochSampler, ShardDataset, describe_skips
+from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDataset, describe_skips
 from realign_lightning.types import EncodedSample, PreferenceBatch, SkippedSample
 
 log = logging.getLogger(__name__)
@@ -94,14 +94,57 @@ class SkipLog:
         self._pass.clear()
 
 
+class SampleReader:
+    """The samples of one split, read outside of training: nothing is shuffled, and no bad sample is counted.
+
+    Args:
+        dataset: whose samples.
+        batch_size: samples per batch.
+        num_workers: processes that read and encode.
+        pin_memory: copy batches to page-locked memory.
+    """
+
+    def __init__(self, dataset: ShardDataset, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self._dataset = dataset
+        self._options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "collate_fn": dataset.backbone.collate,
+        }
+
+    def __len__(self) -> int:
+        """Number of samples that have all their members."""
+        return len(self._dataset)
+
+    def fingerprint(self, row: int) -> str:
+        """What the content of a sample is identified by, see :meth:`ShardDataset.fingerprint`.
+
+        Args:
+            row: 0 to ``len(self) - 1``.
+        """
+        return self._dataset.fingerprint(row)
+
+    def batches(self, rows: Sequence[tuple[int, float]]) -> DataLoader[EncodedSample]:
+        """Batches (:class:`~realign_lightning.types.PreferenceBatch`) of some samples, in the order given.
+
+        Args:
+            rows: rows with their weights; one that turns out bad is replaced by a stand-in of weight 0.
+        """
+        items = [SampleIndex(*row) for row in rows]
+        # A generator of its own: reading must not move the global random state.
+        return DataLoader(self._dataset, sampler=items, generator=torch.Generator(), **self._options)
+
+
 class DualPreferenceDataModule(LightningDataModule):
     """Dual-preference shards as batches for a backbone: shuffled, split over ranks, every sample once per epoch.
 
-    The order depends on ``seed`` and the epoch alone, not on ranks, workers or batch size. All ranks take equally many
-    steps: the last batches are filled up by samples of weight 0 (``PreferenceBatch.weights``), as are the places of
-    samples that cannot be used. These are logged once with shard, key and reason, and stop the run when they exceed
-    ``max_bad_fraction`` (see :class:`SkipLog`); with several ranks the sum over all ranks is checked every 64 batches
-    and at the end of each pass over the data.
+    The order depends on ``seed`` and the epoch alone, not on ranks, workers or batch size; with ``group_by_length`` it
+    depends on the batch size of all ranks together too. All ranks take equally many steps: the last batches are filled
+    up by samples of weight 0 (``PreferenceBatch.weights``), as are the places of samples that cannot be used. These are
+    logged once with shard, key and reason, and stop the run when they exceed ``max_bad_fraction`` (see
+    :class:`SkipLog`); with several ranks the sum over all ranks is checked every 64 batches and at the end of each pass
+    over the data.
 
     Args:
         backbone: encodes and collates samples; every worker holds its own copy.
@@ -116,9 +159,14 @@ class DualPreferenceDataModule(LightningDataModule):
         max_bad_fraction: share of bad samples, from 0 to 1, above which the run stops.
         pin_memory: copy batches to page-locked memory; if None, when a CUDA device is there.
         builder: makes the shards in ``train`` and ``val`` when they are not there yet; these must be folders then.
+        group_by_length: fill the training batches with samples of similar length, so that little is padded; needs
+            ``shuffle``. Lengths are estimated once, before training, from the stored texts and the sizes of the images
+            (:meth:`ShardDataset.estimated_lengths <realign_lightning.data.ShardDataset.estimated_lengths>`). It pays
+            where rows are padded (Gemma 3, PaliGemma, ``share_prefix: false``); a packed batch has no padding, and it
+            only evens out steps and ranks.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or ``group_by_length`` comes with ``shuffle=False``.
 
     Example::
 
@@ -139,6 +187,7 @@ class DualPreferenceDataModule(LightningDataModule):
         max_bad_fraction: float = 0.01,
         pin_memory: bool | None = None,
         builder: ShardBuilder | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -151,6 +200,11 @@ class DualPreferenceDataModule(LightningDataModule):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}")
+        if group_by_length and not shuffle:
+            raise ValueError(
+                "group_by_length orders samples by length and chance, got shuffle=False: set shuffle=True, or leave "
+                "group_by_length out"
+            )
         # Hyperparameters go into checkpoints, which must hold nothing but plain values.
         train, val = _plain(train), None if val is None else _plain(val)
         self.save_hyperparameters(ignore=["backbone", "builder"])
@@ -161,6 +215,7 @@ class DualPreferenceDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.shuffle = shuffle
+        self.group_by_length = group_by_length
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -201,6 +256,16 @@ class DualPreferenceDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[EncodedSample] | list[DataLoader[EncodedSample]]:
         """Validation batches of this rank, in the order of the shards; an empty list if there are none."""
         return [] if self.val_source is None else self._loader("val", self.eval_batch_size, shuffle=False)
+
+    def sample_readers(self) -> dict[str, SampleReader]:
+        """Readers of the splits (``train``, ``val``) that are set up; ``reference: cached`` reads through them.
+
+        Batches hold ``eval_batch_size`` samples.
+        """
+        return {
+            split: SampleReader(dataset, self.eval_batch_size, self.num_workers, self.pin_memory)
+            for split, dataset in self._datasets.items()
+        }
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count and name the samples that were skipped on the way to a batch; Lightning calls this in the main process.
@@ -243,10 +308,13 @@ class DualPreferenceDataModule(LightningDataModule):
         trainer = self.trainer
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         current_epoch = None if trainer is None else lambda: trainer.current_epoch
+        lengths = dataset.estimated_lengths() if self.group_by_length and split == "train" else None
         return DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=EpochSampler(len(dataset), world_size, rank, self.seed, shuffle, current_epoch),
+            sampler=EpochSampler(
+                len(dataset), world_size, rank, self.seed, shuffle, current_epoch, lengths, batch_size
+            ),
             num_workers=self.num_workers,
             collate_fn=self.backbone.collate,
             pin_memory=self.pin_memory,

@@ -14,6 +14,7 @@ typed; any further field is kept with them as it is. Nothing is ever unpickled, 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from realign_lightning.types import PreferenceSample, Prompt, SampleError
 
@@ -56,6 +57,8 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True},
 }
 _PNG_END = b"IEND\xae\x42\x60\x82"
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
 
 
@@ -82,6 +85,31 @@ def split_member_name(name: str) -> tuple[str, str]:
             "{key}.json with a key of 1 to 80 characters A-Z a-z 0-9 _ - (no dots, no slashes); rename or remove it"
         )
     return match["key"], match["part"]
+
+
+def fingerprint_members(members: Mapping[str, bytes]) -> str:
+    """What a sample's content is identified by: SHA-256 over the bytes of its members, whatever its key.
+
+    Args:
+        members: contents by member name, as they stand in the tar or as :func:`encode_members` returns them.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: if a member's name is not one of the contract's.
+
+    Example:
+        >>> one = fingerprint_members({"a.json": b"1", "a.image.png": b"2"})
+        >>> one == fingerprint_members({"b.image.png": b"2", "b.json": b"1"})
+        True
+    """
+    parts = {split_member_name(name)[1].split(".")[0]: data for name, data in members.items()}
+    digest = hashlib.sha256()
+    for name, data in sorted(parts.items()):
+        digest.update(f"{name} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def missing_parts(parts: Mapping[str, Any]) -> list[str]:
@@ -318,6 +346,37 @@ def image_extension(data: bytes) -> ImageFormat:
         raise
     except Exception as error:
         raise SampleError(f"not a readable JPEG, PNG or WebP image: {error or type(error).__name__}") from error
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file as :func:`decode_image` would return it, from its header alone.
+
+    An orientation that a PNG tells behind its pixels is not seen.
+
+    Args:
+        data: the image file.
+
+    Returns:
+        Width and height in pixels, orientation applied.
+
+    Raises:
+        SampleError: if it is no JPEG, PNG or WebP file, or larger than is allowed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = _open_image(data)
+            _check_picture(picture)
+            width, height = picture.size
+            # Pillow decodes a whole PNG in search of metadata behind its pixels.
+            has_metadata = picture.format != "PNG" or "exif" in picture.info
+            is_turned = has_metadata and picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return (height, width) if is_turned else (width, height)
+        except SampleError:
+            raise
+        # As in decode_image: any error of Pillow's means that this image cannot be read.
+        except Exception as error:
+            raise SampleError(f"not a readable JPEG, PNG or WebP image: {error or type(error).__name__}") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

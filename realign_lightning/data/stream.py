@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
 from realign_lightning.backbones.base import Backbone
+from realign_lightning.data.lengths import estimate_lengths, group_by_length
 from realign_lightning.data.scan import ShardError, StoredSample, find_shards, scan_shard
-from realign_lightning.data.schema import decode_sample
+from realign_lightning.data.schema import decode_sample, fingerprint_members
 from realign_lightning.data.shards import INDEX_NAME, ShardInfo, check_shard, read_index
 from realign_lightning.types import EncodedSample, PreferenceSample, SampleError, SkippedSample
 
@@ -70,6 +71,7 @@ class ShardDataset(Dataset[EncodedSample]):
             if sample.missing
         )
         self._bad: dict[int, str] = {}
+        self._lengths: np.ndarray | None = None
         if self.skipped:
             log.warning("%d of %d samples skipped: %s", len(self.skipped), len(stored), describe_skips(self.skipped))
         if not self._samples:
@@ -95,6 +97,14 @@ class ShardDataset(Dataset[EncodedSample]):
         """
         return decode_sample(self._samples[index].read())
 
+    def fingerprint(self, index: int) -> str:
+        """What the content of the sample at ``index`` is identified by; its bytes are read, nothing is decoded.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+        """
+        return fingerprint_members(self._samples[index].read())
+
     def first(self, count: int) -> list[PreferenceSample]:
         """The first samples that can be used, for showing.
 
@@ -103,6 +113,21 @@ class ShardDataset(Dataset[EncodedSample]):
         """
         usable = (index for index in range(len(self)) if self._encode(index) is not None)
         return [self.decode(index) for index in itertools.islice(usable, count)]
+
+    def estimated_lengths(self) -> np.ndarray:
+        """Roughly how many tokens the longest row of every sample has; measured when first asked.
+
+        Nothing is encoded: texts count a token per 4 UTF-8 bytes, images what the backbone's
+        :meth:`~realign_lightning.backbones.Backbone.image_lengths` says of the sizes in their headers. What all samples
+        share, such as a fixed number of image tokens, may be left out. A progress bar shows when it takes longer than
+        two seconds.
+
+        Returns:
+            (len(self),) float64; 0 for a sample that cannot be read.
+        """
+        if self._lengths is None:
+            self._lengths = estimate_lengths(self._samples, self.backbone)
+        return self._lengths
 
     def __getitem__(self, item: int | SampleIndex) -> EncodedSample:
         """The encoded sample at an index, or a stand-in of weight 0.
@@ -137,7 +162,9 @@ class ShardDataset(Dataset[EncodedSample]):
             return None
         stored = self._samples[index]
         try:
-            return self.backbone.encode_sample(self.decode(index))
+            members = stored.read()
+            encoded = self.backbone.encode_sample(decode_sample(members))
+            return dataclasses.replace(encoded, fingerprint=fingerprint_members(members))
         except SampleError as error:
             self._bad[index] = str(error)
             return None
@@ -157,6 +184,10 @@ class EpochSampler(DistributedSampler[SampleIndex]):
     how it is split. The order is filled up to a multiple of the world size by samples of weight 0: every rank gets
     equally many, and every sample has weight 1 exactly once per epoch.
 
+    With ``lengths``, batches hold samples of similar length (:func:`~realign_lightning.data.group_by_length`). What all
+    ranks read in one step then depends on seed, epoch and ``batch_size * world_size``, and not on how many ranks they
+    are.
+
     It is a :class:`torch.utils.data.DistributedSampler` because that is what Lightning leaves in place and tells the
     epoch. After a resume Lightning tells one too many from the second epoch on (it counts the end of the epoch that the
     checkpoint closed twice), so a Trainer's own count can be given as ``current_epoch``.
@@ -168,9 +199,11 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         seed: not negative; equal on all ranks.
         shuffle: whether the order is shuffled, anew in every epoch.
         current_epoch: asked for the epoch whenever one begins; None trusts :meth:`set_epoch`.
+        lengths: length of every sample, in any unit; None does not group them.
+        batch_size: samples per batch and rank; only the grouping needs it.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or ``lengths`` are given without ``shuffle``.
 
     Example:
         >>> [tuple(item) for item in EpochSampler(3, world_size=2, rank=1, shuffle=False)]
@@ -185,26 +218,42 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         seed: int = 0,
         shuffle: bool = True,
         current_epoch: Callable[[], int] | None = None,
+        lengths: Sequence[float] | np.ndarray | None = None,
+        batch_size: int = 1,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if lengths is not None and len(lengths) != num_samples:
+            raise ValueError(f"lengths must hold one number for each of {num_samples} samples, got {len(lengths)}")
+        if lengths is not None and not shuffle:
+            raise ValueError("lengths group shuffled samples: set shuffle=True, or leave lengths out")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         # The parent asks its dataset for nothing but the length.
         super().__init__(range(num_samples), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self._available = num_samples
         self._current_epoch = current_epoch
+        self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.float64)
+        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[SampleIndex]:
         """What this rank reads in the current epoch, ``len(self)`` items."""
         if self._current_epoch is not None:
             self.set_epoch(self._current_epoch())
-        order = np.arange(self._available)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self._available)
+        order = self._order()
         for position in range(self.rank, self.total_size, self.num_replicas):
-            row = int(order[position % self._available])
-            yield SampleIndex(row, 1.0 if position < self._available else 0.0)
+            yield SampleIndex(int(order[position]), 1.0 if position < self._available else 0.0)
+
+    def _order(self) -> np.ndarray:
+        """The samples in the order of this epoch, filled up to a multiple of the world size."""
+        if not self.shuffle:
+            return np.resize(np.arange(self._available), self.total_size)
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(self._available)
+        if self._lengths is None:
+            return np.resize(order, self.total_size)
+        return group_by_length(order, self._lengths, self._batch_size, self.num_replicas, random)
 
 
 def describe_skips(skipped: Sequence[SkippedSample], limit: int = 20) -> str:

@@ -230,6 +230,23 @@ def test_gradient_checkpointing_changes_nothing(backbone):
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
+def test_the_reference_leaves_4_bit_weights_differentiable(tiny_llava):
+    """On CPUs with bfloat16 instructions bitsandbytes repacks weights in eval mode, where the reference answers."""
+    backbone = AutoBackbone(str(tiny_llava), dtype="float32", quantization="nf4")
+    module = RDPOModule(backbone, adapter=LoRA(r=2, alpha=4, dropout=0.0)).train()
+    for name, value in module.policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.1)
+    batch = batch_of(backbone, samples_of_different_sizes())
+    alone, _ = module.score(batch, with_reference=False)
+    trained = [value for value in module.policy.parameters() if value.requires_grad]
+    expected = torch.autograd.grad(weighted(dict(alone.items())), trained)
+    beside, _ = module.score(batch)
+    for one, two in zip(torch.autograd.grad(weighted(dict(beside.items())), trained), expected, strict=True):
+        assert two.norm() > 0
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
 class TestPackedAttention:
     packing = Packing((Tree(5, (2, 3)), Tree(4, (3,)), Tree(1, (1, 1))))
 

@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
-from realign_lightning.data import DualPreferenceDataModule, ShardError, SkipLog
+from realign_lightning.data import DualPreferenceDataModule, ShardError, ShardWriter, SkipLog
 from realign_lightning.types import SkippedSample
-from tests.data.helpers import Recorder, WordBackbone, raw_members, write_shards, write_tar
+from tests.data.helpers import Recorder, WordBackbone, raw_members, sample, write_shards, write_tar
 
 KEYS = [f"{number:06d}" for number in range(7)]
 
@@ -102,6 +102,58 @@ class TestWithTrainer:
         data = Building(WordBackbone(), str(tmp_path / "built"))
         trainer(tmp_path).fit(recorder, datamodule=data)
         assert len(rows(recorder, "train")) == 3
+
+
+class TestGroupByLength:
+    def folder(self, tmp_path: Path) -> Path:
+        """24 samples; sample i answers in i + 2 words of 4 letters, and the shards hold them mixed."""
+        texts = {number: " ".join(["word"] * (number + 2)) for number in range(24)}
+        with ShardWriter(tmp_path / "train") as writer:
+            for number in sorted(texts, key=lambda number: number * 7 % 24):
+                writer.write(sample(number, prompt="What?", chosen=texts[number], rejected="No."))
+        return tmp_path / "train"
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_batches_of_neighbours_in_a_new_order_every_epoch(self, tmp_path, workers):
+        """12 batches are sorted as one chunk."""
+        recorder = Recorder()
+        data = module(self.folder(tmp_path), group_by_length=True, num_workers=workers)
+        trainer(tmp_path, max_epochs=2).fit(recorder, datamodule=data)
+        first, second = rows(recorder, "train"), rows(recorder, "train", 1)
+        assert sorted(first) == sorted(second) == [(f"{number:06d}", 1.0) for number in range(24)]
+        assert first != second
+        for epoch in (first, second):
+            numbers = [int(key) for key, _ in epoch]
+            assert numbers[:2] == [22, 23], "the longest come first"
+            assert all(two == one + 1 for one, two in zip(numbers[::2], numbers[1::2], strict=True))
+
+    def test_validation_keeps_its_order(self, tmp_path):
+        recorder = Recorder()
+        folder = self.folder(tmp_path)
+        data = module(folder, val=str(folder), group_by_length=True)
+        trainer(tmp_path, num_sanity_val_steps=0).fit(recorder, datamodule=data)
+        assert [int(key) for key, _ in rows(recorder, "val")] == sorted(range(24), key=lambda number: number * 7 % 24)
+
+    def test_resumed_at_an_epochs_end(self, tmp_path):
+        folder, whole, rest = self.folder(tmp_path), Recorder(), Recorder()
+        trainer(tmp_path, max_epochs=3).fit(whole, datamodule=module(folder, group_by_length=True))
+        first = trainer(tmp_path, max_epochs=1)
+        first.fit(Recorder(), datamodule=module(folder, group_by_length=True))
+        first.save_checkpoint(tmp_path / "a.ckpt")
+        data = module(folder, group_by_length=True)
+        trainer(tmp_path, max_epochs=3).fit(rest, datamodule=data, ckpt_path=tmp_path / "a.ckpt")
+        assert rest.seen == [row for row in whole.seen if row[1] > 0]
+
+    def test_a_bad_sample_is_still_skipped_by_name(self, tmp_path):
+        bad_shard(tmp_path / "a.tar", 7, {2: {"image.png": b"garbage"}})
+        data, recorder = module(tmp_path / "a.tar", group_by_length=True), Recorder()
+        trainer(tmp_path).fit(recorder, datamodule=data)
+        assert [skip.key for skip in data.skipped["train"]] == ["000002"]
+        assert sorted(key for key, weight in rows(recorder, "train") if weight) == [k for k in KEYS if k != "000002"]
+
+    def test_needs_shuffling(self):
+        with pytest.raises(ValueError, match="shuffle=False"):
+            module("shards", group_by_length=True, shuffle=False)
 
 
 class TestRanks:
@@ -285,6 +337,7 @@ class TestArguments:
             "seed": 0,
             "max_bad_fraction": 0.01,
             "pin_memory": None,
+            "group_by_length": False,
         }
 
     def test_checkpoint_holds_plain_values(self, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from realign_lightning.backbones import AutoBackbone, LoRA
+from realign_lightning.backbones import AutoBackbone, LoRA, head
 from realign_lightning.callbacks import Evaluation, SampleAnswers
 from realign_lightning.data import DualPreferenceDataModule
 from realign_lightning.losses import RDPOLoss
@@ -41,6 +41,9 @@ def module_of(checkpoint: str, kind: str) -> RDPOModule:
 
 def main(checkpoint: str, shards: str, kind: str, engine: str, output: Path) -> Trainer:
     devices = 1 if engine == "one" else 2
+    if engine == "fsdp":
+        # So that the head works in chunks of a few of the 311 words' logits, computed again in the backward pass.
+        head.LOGITS_AT_A_TIME = 5 * 311
     torch.manual_seed(0)
     module = module_of(checkpoint, kind)
     data = DualPreferenceDataModule(module.backbone, shards, shards, batch_size=4 // devices)
