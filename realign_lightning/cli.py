@@ -87,7 +87,8 @@ class RealignCLI(LightningCLI):
         given = _flatten(self.config[command].model.as_dict())
         saved = self.parser.parse_object({command: {"model": hparams}}, self.config)
         used = _flatten(saved[command].model.as_dict())
-        changed = [name for name in sorted(given.keys() | used.keys()) if given.get(name) != used.get(name)]
+        names = sorted(given.keys() - _SAME_NUMBERS | used.keys() - _SAME_NUMBERS)
+        changed = [name for name in names if given.get(name) != used.get(name)]
         if self.config[command].allow_changed_settings:
             # Of a validation the optimizer is no part.
             changed = [name for name in changed if name.startswith(_RESTORED)] if command == "fit" else []
@@ -100,6 +101,9 @@ class RealignCLI(LightningCLI):
                 "schedule always go on as they were."
             )
 
+
+_SAME_NUMBERS = {"reference", "reference_cache"}
+"""Model settings that a resumed run may change without a word: wherever the reference comes from, it is the same."""
 
 _RESTORED = ("optimizer", "lr_scheduler", "part_learning_rates", "trained_parts")
 """Model settings that a resumed run takes from the checkpoint's optimizer and weights, whatever is given."""

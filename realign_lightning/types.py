@@ -95,6 +95,8 @@ class EncodedSample:
         retrieved: the same for v_l.
         weight: 1 for a sample, 0 for a stand-in that only keeps batches of all ranks equally long.
         skipped: samples that were passed over on the way to this one.
+        fingerprint: identifies the content (images, prompt, responses), whatever the key; ``reference: cached`` finds
+            log-probs by it. Empty when unknown.
     """
 
     key: str
@@ -105,6 +107,7 @@ class EncodedSample:
     retrieved: Mapping[str, Tensor]
     weight: float = 1.0
     skipped: tuple[SkippedSample, ...] = ()
+    fingerprint: str = ""
 
 
 class SkippedSample(NamedTuple):
@@ -157,6 +160,7 @@ class PreferenceBatch:
         keys: the B sample keys.
         truncated: keys of the samples of this batch with a response that did not fit and was cut at its end.
         skipped: samples that were passed over while this batch was read.
+        fingerprints: of the B samples, see :class:`EncodedSample`; may be left out where nothing is cached.
     """
 
     chosen: View
@@ -168,6 +172,7 @@ class PreferenceBatch:
     keys: tuple[str, ...]
     truncated: tuple[str, ...] = ()
     skipped: tuple[SkippedSample, ...] = ()
+    fingerprints: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -27,10 +27,11 @@ from realign_lightning.backbones import AutoBackbone, LoRA, PaliGemmaBackbone
 from realign_lightning.cli import run
 from realign_lightning.estimate import CARDS, Card, Estimate, Flops, Job, Memory, Parameters, estimate
 from realign_lightning.estimate.empty import empty_models, nf4_bytes
-from realign_lightning.estimate.example import example_batch
+from realign_lightning.estimate.example import FINGERPRINT, example_batch
 from realign_lightning.estimate.trial import measure_optimizer
 from realign_lightning.losses import RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
+from realign_lightning.modules.cache import Entry
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, llama_tokenizer, make_tiny, square
 
 ROOT = Path(__file__).parent.parent
@@ -183,6 +184,27 @@ def test_llava_as_measured(kind, checkpointing, tiny_llava):
             batch_size=2,
         )
     )
+
+
+@pytest.mark.parametrize("kind", ["lora", "projector", "tower", "full", "dpo"])
+def test_a_cached_reference_as_measured(kind, tiny_llava):
+    """Neither memory nor arithmetic of a reference."""
+
+    def make_job() -> Job:
+        module = RDPOModule(AutoBackbone(str(tiny_llava)), reference="cached", **MODULES[kind]())
+        # The real step that is measured needs values to look up; the estimate does not.
+        module.reference.entries = {FINGERPRINT: Entry(-1.0, -2.0, -3.0)}
+        return Job(module, batch_size=2)
+
+    check(make_job)
+    live = estimate(Job(RDPOModule(AutoBackbone(str(tiny_llava)), **MODULES[kind]()), batch_size=2))
+    cached = estimate(make_job())
+    assert live.flops.reference > 0.9 * live.flops.policy
+    assert cached.flops.reference == cached.memory.reference == 0
+    assert (cached.flops.policy, cached.flops.backward) == (live.flops.policy, live.flops.backward)
+    encoded_twice = kind in ("projector", "tower", "full")
+    assert cached.flops.images == pytest.approx(live.flops.images / (2 if encoded_twice else 1), rel=0.1)
+    assert re.search(r"reference +0.00  none runs in a training step", cached.as_text())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 _ADAPTER = "adapter_config.json"
+_WHERE = {"is_local", "local_files_only", "name_or_path"}
+"""What tokenizers save about the place that they come from."""
 
 
 def hash_checkpoint(folder: Path, hash_file: Callable[[Path], str]) -> str:
@@ -36,7 +39,7 @@ def hash_checkpoint(folder: Path, hash_file: Callable[[Path], str]) -> str:
 
 
 def hash_processor(processor: Any) -> str:
-    """SHA-256 over what a processor saves, its chat template left out.
+    """SHA-256 over what a processor saves, but for its chat template and where it was loaded from.
 
     Args:
         processor: of transformers.
@@ -44,7 +47,7 @@ def hash_processor(processor: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         files = [file for file in Path(folder).rglob("*") if file.is_file() and not _is_template(file)]
-        return hash_texts({str(file.relative_to(folder)): hash_bytes(file.read_bytes()) for file in files})
+        return hash_texts({str(file.relative_to(folder)): hash_bytes(_content(file)) for file in files})
 
 
 def hash_texts(texts: Mapping[str, str]) -> str:
@@ -63,6 +66,13 @@ def hash_bytes(data: bytes) -> str:
         data: what to hash.
     """
     return hashlib.sha256(data).hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    if file.name != "tokenizer_config.json":
+        return file.read_bytes()
+    settings = json.loads(file.read_bytes())
+    return json.dumps({name: settings[name] for name in sorted(settings.keys() - _WHERE)}).encode()
 
 
 def _is_template(file: Path) -> bool:

@@ -97,13 +97,19 @@ class Evaluation(pl.Callback):
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that controls can be trained here, and find the log folder.
+        """Check that the reference can answer and controls can be trained here, and find the log folder.
 
         Raises:
-            ValueError: for controls on several devices, or with a module that cannot be cloned.
+            ValueError: for a reference that is no model, and for controls on several devices, or with a module that
+                cannot be cloned.
         """
         # Ranks agree on it by talking to each other, so all of them must ask here.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if stage == "fit" and not getattr(pl_module, "can_ask_reference", True):
+            raise ValueError(
+                "Evaluation asks the reference before training, and with reference='cached' and without an adapter it "
+                "is no model in memory: set reference='frozen_copy', or remove the callback."
+            )
         if stage != "fit" or not self.controls:
             return
         if trainer.world_size > 1:
@@ -182,6 +188,7 @@ class Evaluation(pl.Callback):
             pl.seed_everything(torch.initial_seed() % 2**32, verbose=False)
             control = pl_module.clone(loss=loss)
             inner = pl.Trainer(
+                default_root_dir=trainer.default_root_dir,
                 accelerator=device.type,
                 devices=1 if device.type == "cpu" else [device.index or 0],
                 precision=trainer.precision,

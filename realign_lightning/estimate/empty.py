@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from realign_lightning.backbones import Backbone
 from realign_lightning.backbones.packing import PACKABLE
+from realign_lightning.estimate.example import FINGERPRINT
 from realign_lightning.estimate.job import Job
-from realign_lightning.modules import FrozenCopy, RDPOModule
+from realign_lightning.modules import CachedReference, FrozenCopy, RDPOModule
+from realign_lightning.modules.cache import Entry
 
 _BLOCK = 64
 _NESTED_BLOCK = 256
@@ -101,6 +103,8 @@ def empty_models(job: Job) -> EmptyModels:
     module = job.module.clone(backbone=hollow, share_prefix=share_prefix, compile_backend=None)
     with torch.device("meta"):
         module.configure_model()
+    if isinstance(module.reference, CachedReference):
+        module.reference.entries = {FINGERPRINT: Entry(0.0, 0.0, 0.0)}
     if job.weights_dtype is not None:
         module.to(job.weights_dtype)
     return EmptyModels(job, module, type(plain).__name__, base, quantised)
@@ -148,9 +152,14 @@ class EmptyModels:
 
     @property
     def reference(self) -> nn.Module:
-        """The frozen copy; a module without parameters, if the reference is the policy with its adapter off."""
+        """The frozen copy; a module without parameters, if the reference is something else."""
         reference = self.module.reference
         return reference.model if isinstance(reference, FrozenCopy) else reference
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a training step runs the reference; cached log-probs are looked up."""
+        return self.module.loss.needs_reference and not isinstance(self.module.reference, CachedReference)
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -22,6 +22,10 @@ RESPONSE_TOKENS = 128
 """Assumed tokens of a response."""
 
 
+FINGERPRINT = "example"
+"""Fingerprint of the samples, by which cached log-probs are looked up."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A batch and its sizes.
@@ -65,6 +69,7 @@ def example_batch(
         chosen=_resize(encoded.chosen, prompt, response_tokens),
         rejected=_resize(encoded.rejected, prompt, max(1, response_tokens - 1)),
         visual=_resize(encoded.visual, prompt, response_tokens),
+        fingerprint=FINGERPRINT,
     )
     return Example(backbone.collate([encoded] * batch_size), length, response_tokens)
 

@@ -58,7 +58,7 @@ class Memory:
 
     Args:
         weights: the policy's parameters and buffers, adapters included.
-        reference: those of a frozen copy; 0 where the reference is the policy with its adapter off.
+        reference: those of a frozen copy; 0 where the reference is the policy with its adapter off, or is cached.
         gradients: of the trained weights.
         optimizer: its states.
         activations: most that forward and backward pass hold at a time beside the above.
@@ -233,9 +233,10 @@ class Estimate:
     def _memory(self) -> Iterator[str]:
         memory = self.memory
         scale, unit = _unit(memory.total, "B")
+        without_copy = "the policy with its adapter off" if self.flops.reference else "none runs in a training step"
         notes = {
             "weights": "",
-            "reference": "" if memory.reference else "the policy with its adapter off",
+            "reference": "" if memory.reference else without_copy,
             "gradients": "",
             "optimizer": "",
             "activations": f"at most; {memory.saved / scale:.2f} of them kept for the backward pass",

@@ -86,7 +86,7 @@ def run_trial(models: EmptyModels, batch: PreferenceBatch) -> Trial:
         recomputed, backward = ledger.take_flops()
     # Encoded once for both models, without gradients, or by each for itself.
     shared = module.image_path_is_frozen
-    by_policy, by_reference = (0, once) if shared else (once, once if module.loss.needs_reference else 0)
+    by_policy, by_reference = (0, once) if shared else (once, once if models.runs_reference else 0)
     return Trial(
         peak=ledger.peak,
         saved=saved,

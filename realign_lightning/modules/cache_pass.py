@@ -59,7 +59,7 @@ class CachePass:
         self.computed = 0
         self._score = score
         self._device = device
-        self._rank, self._world_size = _rank_and_world_size()
+        self._rank, self._world_size = rank_and_world_size()
         self._shows = show_progress and self._rank == 0
         self._new: dict[str, Entry] = {}
 
@@ -143,7 +143,7 @@ class CachePass:
         return count
 
     def _finish(self) -> None:
-        """Hand every rank what the others computed; their files may not be in sight yet on a file system of a network."""
+        """Hand every rank what the others computed; a network's file system may not show their files at once."""
         self.cache.close()
         for entries in gather(self._new):
             self.cache.entries.update(entries)
@@ -197,7 +197,7 @@ def gather(value: Any) -> list[Any]:
     Args:
         value: of this rank; can be pickled.
     """
-    _, world_size = _rank_and_world_size()
+    _, world_size = rank_and_world_size()
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
@@ -205,13 +205,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def _rank_and_world_size() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's place among those that train together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def _sum(value: Tensor) -> Tensor:
-    if _rank_and_world_size()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         torch.distributed.all_reduce(value)
     return value

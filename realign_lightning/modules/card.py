@@ -103,11 +103,11 @@ def _notes(backbone: Mapping[str, Any], base: str, is_adapter: bool) -> list[str
 
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that say something: no empty values, no chat template (a file of its own)."""
+    """The settings that say something: no empty values, no chat template (a file of its own), no cache's folder."""
     return {
         name: _shown(value) if isinstance(value, Mapping) else _plain(value)
         for name, value in settings.items()
-        if value not in (None, {}, []) and not name.startswith("_") and name != "chat_template"
+        if value not in (None, {}, []) and not name.startswith("_") and name not in ("chat_template", "reference_cache")
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,13 +27,33 @@ from torch.optim.lr_scheduler import LRScheduler
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import PARTS, Backbone, Part
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
+from realign_lightning.modules.base_scorer import BaseScorer, Surroundings
+from realign_lightning.modules.cache import (
+    FILE_HASHES,
+    SCHEMA,
+    FileHasher,
+    ReferenceCache,
+    describe_changes,
+    nearest_fingerprint,
+)
+from realign_lightning.modules.cache_pass import CachePass, gather, rank_and_world_size
 from realign_lightning.modules.card import write_card
 from realign_lightning.modules.hparams import component_spec
-from realign_lightning.modules.reference import Reference, ReferenceKind, make_reference
+from realign_lightning.modules.reference import AdapterOff, CachedReference, Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
 from realign_lightning.modules.strategy import FSDP2Strategy, check_shapes
-from realign_lightning.scoring import SharePrefix, encode_batch_images, make_rows, response_lengths, score
+from realign_lightning.scoring import (
+    Rows,
+    SharePrefix,
+    encode_batch_images,
+    make_rows,
+    padding_fraction,
+    response_lengths,
+    score,
+)
 from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, Prompt, ViewName
+
+log = logging.getLogger(__name__)
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 """Makes a scheduler from the optimizer and the number of optimizer steps of the whole run."""
@@ -54,7 +75,8 @@ class RDPOModule(pl.LightningModule):
     loaded in :meth:`configure_model`, not in the constructor.
 
     Logged under ``train/`` and ``val/``: ``loss``, ``rewards/{chosen,rejected,margins,accuracies}``,
-    ``rewards/{visual,visual_margins,visual_accuracies}`` and ``logps/{chosen,rejected,visual}``, the names of TRL.
+    ``rewards/{visual,visual_margins,visual_accuracies}`` and ``logps/{chosen,rejected,visual}``, the names of TRL, and
+    ``padding_fraction``, the share of the language model's tokens that are padding (0 where prefixes are shared).
     Training values are means over an optimizer step, over accumulated batches and ranks.
     Validation scores all three views also when ``visual_weight`` is 0, so that DPO and rDPO can be compared.
 
@@ -81,6 +103,8 @@ class RDPOModule(pl.LightningModule):
             :data:`~realign_lightning.scoring.SharePrefix`. True fails at the first batch where the model cannot.
         compile_backend: compile the language model's blocks with this backend of ``torch.compile``, for example
             ``inductor``. The first steps take minutes; sequences of other lengths are not compiled anew.
+        reference_cache: folder of the log-probs that ``reference='cached'`` computes; runs may share it. None is
+            ``reference_cache`` in the Trainer's ``default_root_dir``.
 
     Raises:
         ValueError: for gradient checkpointing together with compilation, ``reference='adapter_off'`` without an
@@ -101,8 +125,11 @@ class RDPOModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         share_prefix: SharePrefix = "auto",
         compile_backend: str | None = None,
+        reference_cache: str | None = None,
     ) -> None:
         super().__init__()
+        # Checkpoints hold no paths but as texts.
+        reference_cache = None if reference_cache is None else str(reference_cache)
         if compile_backend is not None and gradient_checkpointing:
             raise ValueError(
                 "`compile_backend` and `gradient_checkpointing` do not go together: torch.compile leaves alone what is "
@@ -122,6 +149,7 @@ class RDPOModule(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.share_prefix: SharePrefix = share_prefix
         self.compile_backend = compile_backend
+        self.reference_cache = reference_cache
         self._policy: nn.Module | None = None
         self._reference: Reference | None = None
         self._window = _Window()
@@ -215,7 +243,7 @@ class RDPOModule(pl.LightningModule):
             raise ValueError(
                 f"Expected precision 32-true, bf16-mixed or bf16-true with FSDP2Strategy, got {precision!r}."
             )
-        compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+        compute_dtype = self._gathered_dtype
         self._reference = make_reference(
             self.reference_kind,
             self.adapter is not None,
@@ -223,6 +251,11 @@ class RDPOModule(pl.LightningModule):
         )
         trained = self._trained_modules(self.backbone.empty_model())
         return self._freeze(self.backbone.load_sharded(mesh, self.adapter, trained, compute_dtype))
+
+    @property
+    def _gathered_dtype(self) -> torch.dtype | None:
+        """What FSDP2 casts weights to while a block uses them; None leaves them."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
 
     def _trained_modules(self, model: nn.Module) -> list[str]:
         """Modules trained in full beside an adapter."""
@@ -265,10 +298,119 @@ class RDPOModule(pl.LightningModule):
         """Whether vision tower and projector are as the reference has them: nothing in them is trained."""
         return not any(parameter.requires_grad for parameter in self.backbone.image_parameters(self.policy))
 
+    # ---- the cache of the reference's log-probs
+
+    def on_fit_start(self) -> None:
+        """With ``reference='cached'``, compute the reference log-probs that are not there yet."""
+        self._cache_splits(["train", "val"] if self.trainer.limit_val_batches else ["train"])
+
+    def on_validation_start(self) -> None:
+        """The same before a validation that is no part of training."""
+        if self.trainer.state.fn == "validate":
+            self._cache_splits(["val"])
+
+    def cache_reference(self, batches: Iterable[PreferenceBatch]) -> int:
+        """Compute the reference log-probs that are not there yet, outside of a Trainer.
+
+        Only for ``reference='cached'``. Call it with the module on its device, and inside ``torch.autocast`` if
+        :meth:`score` will be called so; several ranks call it with equally many batches each.
+
+        Args:
+            batches: on any device; their samples have fingerprints.
+
+        Returns:
+            How many samples were scored, on all ranks together.
+
+        Raises:
+            ValueError: for another kind of reference, samples without a fingerprint, or log-probs that are not finite.
+        """
+        if not isinstance(self.reference, CachedReference):
+            raise ValueError(
+                f"There is nothing to cache with reference={self.reference_kind!r}: set reference='cached'."
+            )
+        around = Surroundings.of_caller(self.device, self._base_dtype)
+        cache = self._open_cache(around)
+        with self._base_scorer(around).open() as score_base:
+            work = CachePass(cache, score_base, around.device)
+            work.run_batches(batches)
+        return work.computed
+
+    def _cache_splits(self, splits: Sequence[str]) -> None:
+        if not isinstance(self.reference, CachedReference) or not self.loss.needs_reference:
+            return
+        around = Surroundings.of_trainer(self.trainer)
+        cache = self._open_cache(around)
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "sample_readers"):
+            if not cache.entries:
+                raise ValueError(
+                    "reference='cached' computes the log-probs of all samples before training. Expected a datamodule "
+                    f"with `sample_readers`, such as DualPreferenceDataModule, got {type(datamodule).__name__}, and "
+                    f"nothing in {cache.folder}. Call RDPOModule.cache_reference(batches) before, in the same "
+                    "precision, or set another `reference`."
+                )
+            return
+        sources = {split: reader for split, reader in datamodule.sample_readers().items() if split in splits}
+        with self._base_scorer(around).open() as score_base:
+            shows = self.trainer.progress_bar_callback is not None
+            CachePass(cache, score_base, around.device, shows).run(sources)
+
+    def _open_cache(self, around: Surroundings) -> ReferenceCache:
+        """The cache of this module's reference in these surroundings; from here on it is looked up there."""
+        folder = Path("." if self._trainer is None else self.trainer.default_root_dir, "reference_cache")
+        root = folder if self.reference_cache is None else Path(self.reference_cache)
+        is_first = rank_and_world_size()[0] == 0
+        fingerprint = gather(self._fingerprint(around, root) if is_first else {})[0]
+        if is_first:
+            other = nearest_fingerprint(root, fingerprint)
+            if other is not None:
+                log.warning("A reference cache in %s is not used: %s.", root, describe_changes(other, fingerprint))
+            cache = ReferenceCache(root, fingerprint)
+        # The others read later, so that they know all that rank 0 knows.
+        gather(None)
+        if not is_first:
+            cache = ReferenceCache(root, fingerprint)
+        reference = self.reference
+        assert isinstance(reference, CachedReference)  # noqa: S101
+        reference.entries = cache.entries
+        return cache
+
+    def _fingerprint(self, around: Surroundings, root: Path) -> dict[str, str]:
+        """What reference log-probs depend on, beside the sample."""
+        own = {"schema": SCHEMA, "precision": around.describe(self._base_dtype)}
+        return {**own, **self.backbone.fingerprint(FileHasher(root / FILE_HASHES))}
+
+    @property
+    def _base_dtype(self) -> torch.dtype:
+        """Dtype of the largest weight that is no adapter's."""
+        weights = (value for value in self.policy.parameters() if self.adapter is None or not value.requires_grad)
+        return max((value for value in weights if value.is_floating_point()), key=lambda value: value.numel()).dtype
+
+    def _base_scorer(self, around: Surroundings) -> BaseScorer:
+        if self.adapter is None:
+            return BaseScorer(self.backbone, around, self.share_prefix, lambda: nullcontext(self._load_base(around)))
+        return BaseScorer(self.backbone, around, self.share_prefix, lambda: AdapterOff().use(self.policy))
+
+    def _load_base(self, around: Surroundings) -> nn.Module:
+        """The model that training starts from, a second time."""
+        log.info("Loading the model once more, for its log-probs before training")
+        mesh = self._mesh()
+        # Loading must not move the random state, with which training goes on.
+        with torch.random.fork_rng(devices=[around.device] if around.device.type == "cuda" else []):
+            if mesh is None:
+                model = self.backbone.load_model()
+            else:
+                model = self.backbone.load_sharded(mesh, compute_dtype=self._gathered_dtype)
+        return around.convert(model).to(around.device).requires_grad_(False).eval()
+
     # ---- training
 
     def score(
-        self, batch: PreferenceBatch, views: Sequence[ViewName] = VIEWS, with_reference: bool = True
+        self,
+        batch: PreferenceBatch,
+        views: Sequence[ViewName] = VIEWS,
+        with_reference: bool = True,
+        rows: Rows | None = None,
     ) -> tuple[LogProbs, LogProbs | None]:
         """Log-probs of the views under the policy (with gradient) and under the reference (without).
 
@@ -276,16 +418,31 @@ class RDPOModule(pl.LightningModule):
             batch: B samples.
             views: which views to score.
             with_reference: False leaves the reference out.
+            rows: from :meth:`make_rows` for the same views; laid out here when None.
         """
         share = self.image_path_is_frozen
         with torch.no_grad() if share else nullcontext():
             images = encode_batch_images(self.backbone, self.policy, batch, views)
-        rows = make_rows(self.backbone, self.policy, batch, views, self.share_prefix)
+        rows = self.make_rows(batch, views) if rows is None else rows
         reference = None
-        if with_reference:
+        if with_reference and isinstance(self.reference, CachedReference):
+            reference = self.reference.log_probs(batch, views)
+        elif with_reference:
             with torch.no_grad(), self.reference.use(self.policy) as model:
                 reference = score(self.backbone, model, batch, views, images if share else None, rows)
         return score(self.backbone, self.policy, batch, views, images, rows), reference
+
+    def make_rows(self, batch: PreferenceBatch, views: Sequence[ViewName] = VIEWS) -> Rows:
+        """What the language model runs on for a batch, with prefixes shared as ``share_prefix`` says.
+
+        Args:
+            batch: B samples.
+            views: the views that will be scored.
+
+        Raises:
+            ValueError: for ``share_prefix=True`` where the model cannot.
+        """
+        return make_rows(self.backbone, self.policy, batch, views, self.share_prefix)
 
     def on_train_start(self) -> None:
         """Forget what an interrupted run left unlogged."""
@@ -323,10 +480,12 @@ class RDPOModule(pl.LightningModule):
 
     def _score_losses(self, batch: PreferenceBatch, views: Sequence[ViewName]) -> dict[str, Tensor]:
         """Loss and what is logged beside it, (B,) each."""
-        policy, reference = self.score(batch, views, self.loss.needs_reference)
+        rows = self.make_rows(batch, views)
+        policy, reference = self.score(batch, views, self.loss.needs_reference, rows)
         output = self.loss(policy, reference, response_lengths(batch))
         log_probs = {f"logps/{view}": value for view, value in policy.items()}
-        return {"loss": output.losses, **reward_metrics(output), **log_probs}
+        padding = padding_fraction(batch, views, packed=rows.packing is not None).expand_as(output.losses)
+        return {"loss": output.losses, **reward_metrics(output), **log_probs, "padding_fraction": padding}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what is trainable, and the schedule over the run's estimated steps."""
@@ -368,6 +527,11 @@ class RDPOModule(pl.LightningModule):
 
     # ---- use
 
+    @property
+    def can_ask_reference(self) -> bool:
+        """Whether the reference is a model in memory, which can answer: not after ``cached`` without an adapter."""
+        return self.reference_kind != "cached" or self.adapter is not None
+
     def generate(
         self, prompts: Sequence[Prompt], images: Sequence[Image.Image], reference: bool = False, **kwargs: Any
     ) -> list[str]:
@@ -378,6 +542,9 @@ class RDPOModule(pl.LightningModule):
             images: one image per prompt.
             reference: ask the frozen reference instead of the policy.
             **kwargs: go to the model's ``generate``, for example ``max_new_tokens``.
+
+        Raises:
+            ValueError: if the reference is asked and none is in memory, see :attr:`can_ask_reference`.
         """
         inputs = self.backbone.encode_prompts(prompts, images)
         with self.reference.use(self.policy) if reference else nullcontext(self.policy) as model:
@@ -423,6 +590,7 @@ class RDPOModule(pl.LightningModule):
             "gradient_checkpointing": self.gradient_checkpointing,
             "share_prefix": self.share_prefix,
             "compile_backend": self.compile_backend,
+            "reference_cache": self.reference_cache,
         }
         return type(self)(**{**arguments, **changes})
 

@@ -127,14 +127,14 @@ class CachedReference(Reference):
         """
         if not self.has_adapter:
             raise ValueError(
-                "With reference='cached' and without an adapter the reference is in memory as log-probs of the training "
-                "data only, and cannot score or answer anything else: use reference='frozen_copy' for that."
+                "With reference='cached' and without an adapter only the reference's log-probs of the data are in "
+                "memory, so that it cannot score or answer anything else: set reference='frozen_copy'."
             )
         with AdapterOff().use(policy) as model:
             yield model
 
 
-class UnknownSampleError(LookupError):
+class UnknownSampleError(ValueError):
     """A sample has no cached log-probs; the message names it."""
 
 

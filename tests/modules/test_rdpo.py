@@ -128,7 +128,7 @@ def test_logged_names(backbone, tmp_path):
     trainer = trainer_of(tmp_path, max_epochs=1)
     trainer.fit(module, loader_of(backbone), loader_of(backbone))
     text = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
-    text |= {"logps/chosen", "logps/rejected"}
+    text |= {"logps/chosen", "logps/rejected", "padding_fraction"}
     image = {"rewards/visual", "rewards/visual_margins", "rewards/visual_accuracies", "logps/visual"}
     assert {f"train/{name}" for name in text} | {f"val/{name}" for name in text | image} == set(trainer.logged_metrics)
 
@@ -347,7 +347,21 @@ def test_sft_control_needs_neither_reference_nor_other_views(backbone, tmp_path)
     module = module_of(backbone, loss=SFTLoss())
     trainer = trainer_of(tmp_path, max_epochs=1)
     trainer.fit(module, loader_of(backbone), loader_of(backbone))
-    assert set(trainer.logged_metrics) == {"train/loss", "train/logps/chosen", "val/loss", "val/logps/chosen"}
+    names = {"loss", "logps/chosen", "padding_fraction"}
+    assert set(trainer.logged_metrics) == {f"{split}/{name}" for split in ("train", "val") for name in names}
+
+
+@pytest.mark.parametrize("share_prefix", ["auto", False])
+def test_the_share_of_padding_is_logged(backbone, tmp_path, share_prefix):
+    """One batch of all samples: rows of three views, padded to the longest, or one row that has no padding."""
+    module = module_of(backbone, share_prefix=share_prefix)
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, loader_of(backbone, 3, 3), loader_of(backbone, 3, 3))
+    encoded = [backbone.encode_sample(sample) for sample in preference_samples(3)]
+    lengths = [len(getattr(one, view).response_mask) for one in encoded for view in ("chosen", "rejected", "visual")]
+    expected = 0.0 if share_prefix else 1 - sum(lengths) / (9 * max(lengths))
+    for split in ("train", "val"):
+        assert trainer.callback_metrics[f"{split}/padding_fraction"].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_clone_starts_afresh(backbone, tmp_path):
