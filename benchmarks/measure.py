@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -194,20 +194,34 @@ def profile(step: Step) -> dict[tuple[Part, Kind], float]:
     return found
 
 
-def seconds(step: Step) -> float:
-    """Time of one step."""
-    step.clear()
-    gc.collect()
-    synchronize()
-    start = time.perf_counter()
-    step.run()
-    synchronize()
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Times:
+    """What every repeat of a step took.
+
+    Args:
+        wall: seconds.
+        cpu: seconds of processor time, of all threads together.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """Time one more step."""
+        step.clear()
+        gc.collect()
+        synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        step.run()
+        synchronize()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+        step.clear()
 
 
 def time_steps(
     steps: Sequence[Step], repeats: int, matmul: Callable[[], float]
-) -> tuple[dict[str, list[float]], list[float]]:
+) -> tuple[dict[str, Times], list[float]]:
     """Times of every step and rates of a matrix product, taken in turns.
 
     Args:
@@ -215,13 +229,12 @@ def time_steps(
         repeats: turns.
         matmul: measures the rate.
     """
-    times: dict[str, list[float]] = {step.name: [] for step in steps}
+    times = {step.name: Times() for step in steps}
     rates = []
     for _ in range(repeats):
         rates.append(matmul())
         for step in steps:
-            times[step.name].append(seconds(step))
-            step.clear()
+            times[step.name].add(step)
     return times, rates
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import PARTS, Kind, Part, Work
+from benchmarks.measure import PARTS, Kind, Part, Times, Work
 from benchmarks.modes import BASELINES, MODES, NOTES
 
 BARS: dict[str, dict[str, float]] = {
@@ -54,6 +54,7 @@ class ModeResult:
     Args:
         name: of the mode.
         seconds: of every repeat.
+        cpu_seconds: processor time of every repeat, of all threads together.
         flops: operations by part.
         images: pictures encoded.
         positions: positions of the language model.
@@ -69,6 +70,7 @@ class ModeResult:
 
     name: str
     seconds: Sequence[float]
+    cpu_seconds: Sequence[float]
     flops: Mapping[str, float]
     images: int
     positions: int
@@ -99,7 +101,8 @@ class Ratio:
     Args:
         name: for example ``rdpo / trl, time``.
         measured: ratio of medians, or of memory.
-        fastest: ratio of the fastest repeats, which other work on the machine disturbs least; None for memory.
+        fastest: ratio of the fastest repeats, which other work on the machine disturbs less; None for memory.
+        cpu: ratio of medians of processor time, which it disturbs least with one thread; None for memory.
         predicted: ratio of operations; None for memory.
         bar: what it is to stay below; None if nobody says.
     """
@@ -107,6 +110,7 @@ class Ratio:
     name: str
     measured: float
     fastest: float | None
+    cpu: float | None
     predicted: float | None
     bar: float | None
 
@@ -207,7 +211,7 @@ def mode_result(
     name: str,
     work: Work,
     baseline: Work | None,
-    seconds: Sequence[float],
+    times: Times,
     rate: float,
     memory: int | None = None,
     peak: float | None = None,
@@ -219,7 +223,7 @@ def mode_result(
         name: of the mode.
         work: what it computes.
         baseline: what its group's baseline computes; None if that was not run.
-        seconds: of every repeat.
+        times: of every repeat.
         rate: measured operations a second.
         memory: bytes above the weights.
         peak: the device's operations a second by its data sheet.
@@ -229,7 +233,8 @@ def mode_result(
     whole = sum((profile or {}).values())
     return ModeResult(
         name=name,
-        seconds=list(seconds),
+        seconds=times.wall,
+        cpu_seconds=times.cpu,
         flops=work.flops,
         images=work.images,
         positions=work.positions,
@@ -241,7 +246,7 @@ def mode_result(
         ),
         floor=work.total / rate,
         memory=memory,
-        mfu=None if peak is None else work.total / statistics.median(seconds) / peak,
+        mfu=None if peak is None else work.total / statistics.median(times.wall) / peak,
         profile=None if profile is None else {", ".join(place): value / whole for place, value in profile.items()},
     )
 
@@ -275,7 +280,7 @@ def _lines(values: Mapping[str, Any]) -> str:
 
 
 def _modes_table(modes: Sequence[ModeResult]) -> str:
-    header = ["step", "median s", "min - max", "floor s", "GB", "images", "positions", "TFLOP", *PARTS]
+    header = ["step", "median s", "min - max", "CPU s", "floor s", "GB", "images", "positions", "TFLOP", *PARTS]
     header += ["loss", "difference", "max gradient difference", "relative"]
     has_mfu = any(mode.mfu is not None for mode in modes)
     return table(
@@ -290,6 +295,7 @@ def _figures(mode: ModeResult) -> list[str]:
         mode.name,
         f"{mode.median:.3f}",
         f"{min(mode.seconds):.3f} - {max(mode.seconds):.3f}",
+        f"{statistics.median(mode.cpu_seconds):.3f}",
         f"{mode.floor:.3f}",
         _or_none(None if mode.memory is None else mode.memory / 1e9, ".3f"),
         str(mode.images),
@@ -311,10 +317,12 @@ def _ratios(first: ModeResult, second: ModeResult, bars: Mapping[str, float]) ->
     name = f"{first.name} / {second.name}"
     predicted = first.total_flops / second.total_flops
     fastest = min(first.seconds) / min(second.seconds)
-    ratios = [Ratio(f"{name}, time", first.median / second.median, fastest, predicted, bars.get(f"{name}, time"))]
+    cpu = statistics.median(first.cpu_seconds) / statistics.median(second.cpu_seconds)
+    bar = bars.get(f"{name}, time")
+    ratios = [Ratio(f"{name}, time", first.median / second.median, fastest, cpu, predicted, bar)]
     if first.memory is not None and second.memory:
         memory = first.memory / second.memory
-        ratios.append(Ratio(f"{name}, memory", memory, None, None, bars.get(f"{name}, memory")))
+        ratios.append(Ratio(f"{name}, memory", memory, None, None, None, bars.get(f"{name}, memory")))
     return ratios
 
 
@@ -325,6 +333,7 @@ def _ratios_table(ratios: Sequence[Ratio]) -> str:
             ratio.name,
             f"{ratio.measured:.3f}",
             _or_none(ratio.fastest, ".3f"),
+            _or_none(ratio.cpu, ".3f"),
             _or_none(ratio.predicted, ".3f"),
             words[ratio.as_predicted],
             _or_none(ratio.bar, ".2f"),
@@ -332,7 +341,16 @@ def _ratios_table(ratios: Sequence[Ratio]) -> str:
         ]
         for ratio in ratios
     )
-    header = ["ratio", "of medians", "of fastest", "predicted by operations", f"within {TOLERANCE:.0%}", "bar", "met"]
+    header = [
+        "ratio",
+        "of medians",
+        "of fastest",
+        "of CPU time",
+        "predicted by operations",
+        f"within {TOLERANCE:.0%}",
+        "bar",
+        "met",
+    ]
     return table(header, rows) if ratios else ""
 
 

@@ -12,7 +12,8 @@ the repository, with the ``test`` extra installed (TRL is in it):
 What the columns mean:
 
 - Times are medians over ``--repeats`` turns in which every mode runs once, after a step of each that is counted and not
-  timed.
+  timed. Other work on the machine shows in the load average and the spread; processor time with ``--threads 1`` is
+  disturbed least.
 - Operations (FLOP) are those of matrix products, convolutions and attention, as PyTorch's FlopCounterMode counts them,
   plus the in-place products that it leaves out. The half of causal attention that a kernel may skip is counted. An
   operation belongs to the vision part while tower or projector run, to the head if one of its sides is the vocabulary,
@@ -109,7 +110,7 @@ def measure(shape: Shape, folder: Path, settings: Settings, memory: Mapping[str,
     works = {step.name: count_work(step) for step in steps}
     _say("timing")
     rate_of = partial(matmul_rate, settings.device, settings.dtype)
-    seconds, rates = time_steps(steps, settings.repeats, rate_of)
+    times, rates = time_steps(steps, settings.repeats, rate_of)
     rate = statistics.median(rates)
     profiles = {step.name: profile(step) for step in steps} if settings.profile else {}
     if settings.memory and memory is None:
@@ -119,7 +120,7 @@ def measure(shape: Shape, folder: Path, settings: Settings, memory: Mapping[str,
     for name in settings.modes:
         baseline = works.get(BASELINES[MODES[name].group])
         peaks = (memory or {}).get(name), settings.peak
-        modes.append(mode_result(name, works[name], baseline, seconds[name], rate, *peaks, profiles.get(name)))
+        modes.append(mode_result(name, works[name], baseline, times[name], rate, *peaks, profiles.get(name)))
     header = environment(settings.device, settings.dtype, settings.repeats, rate)
     return Report(header, asdict(shape), tokens, rate, modes)
 
