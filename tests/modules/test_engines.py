@@ -22,7 +22,7 @@ LOGGED = ("train/loss", "train/logps/chosen", "train/logps/visual", "train/rewar
 
 def run_module(module: str, *arguments: str) -> None:
     """Run a module of the tests in a process of its own, which starts the second one itself."""
-    # Not Lightning's own, by which earlier tests of this process would seed the new ones, but only where there are several.
+    # But for what Lightning left: seeds of earlier tests, which only runs of several processes would take up.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     environment = inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", module, *arguments]
