@@ -76,6 +76,7 @@ def run_sweeps(
     memory: dict[Shape, dict[str, int]] = {shape: {} for shape in folders}
     if measure_memory is not None:
         for mode in modes:
+            print(f"memory of {mode}", file=sys.stderr)
             for shape, taken in zip(folders, measure_memory(mode, list(folders.items())), strict=True):
                 memory[shape][mode] = taken
     reports = {}

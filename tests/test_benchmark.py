@@ -147,7 +147,6 @@ def test_sweep_of_a_qwen(sweep):
 
 
 def test_plot(sweep):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     _, path = sweep
     assert main(["--draw", str(path)]) == 0
     assert path.with_suffix(".png").stat().st_size > 10_000
