@@ -7,7 +7,6 @@ itself. A prompt with two responses is computed once, in the forward pass and in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,23 +157,25 @@ def packed_sdpa(
     if key.shape[2] != len(packing):
         raise RuntimeError(f"Expected {len(packing)} keys for a packed row, got {key.shape[2]}.")
     kwargs["is_causal"] = True
-    outputs, start = [], 0
-    for tree in packing.trees:
-        for first, rows, mask in _calls(tree, query.device):
-            seen = slice(start, start + first + rows)
-            asked = slice(start + first, start + first + rows)
-            outputs.append(_sdpa(module, query[:, :, asked], key[:, :, seen], value[:, :, seen], mask, **kwargs)[0])
-        start += len(tree)
+    outputs = []
+    # Splits, not slices: the backward pass of a slice fills a whole row with zeros.
+    lengths = [len(tree) for tree in packing.trees]
+    for tree, *parts in zip(
+        packing.trees, *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
+    ):
+        outputs += _tree_attention(module, tree, *parts, **kwargs)
     return torch.cat(outputs, dim=1), None
 
 
-def _calls(tree: Tree, device: torch.device) -> Iterator[tuple[int, int, Tensor | None]]:
-    """Attention calls of a tree: first query, number of queries, and their mask over all keys up to the last query."""
+def _tree_attention(
+    module: nn.Module, tree: Tree, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> list[Tensor]:
+    """Attention of one tree, the prompt before the responses: (1, rows, heads, D) each."""
     if len(tree.responses) < 2:
-        yield 0, len(tree), None
-        return
-    yield 0, tree.prompt, None
-    yield tree.prompt, sum(tree.responses), _response_mask(tree, device)
+        return [_sdpa(module, query, key, value, None, **kwargs)[0]]
+    asks = torch.split(query, [tree.prompt, len(tree) - tree.prompt], dim=2)
+    prompt = _sdpa(module, asks[0], key[:, :, : tree.prompt], value[:, :, : tree.prompt], None, **kwargs)[0]
+    return [prompt, _sdpa(module, asks[1], key, value, _response_mask(tree, query.device), **kwargs)[0]]
 
 
 def _response_mask(tree: Tree, device: torch.device) -> Tensor:
