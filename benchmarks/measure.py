@@ -231,9 +231,11 @@ def time_steps(
     """
     times = {step.name: Times() for step in steps}
     rates = []
-    for _ in range(repeats):
+    for turn in range(repeats):
         rates.append(matmul())
-        for step in steps:
+        # Another one first in every turn.
+        first = turn % len(steps)
+        for step in (*steps[first:], *steps[:first]):
             times[step.name].add(step)
     return times, rates
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -66,10 +67,10 @@ BASELINES: dict[Group, str] = {"rdpo": "branches", "dpo": "trl"}
 """What loss and gradient of a group are compared with."""
 
 NOTES = (
-    "TRL 1.16 has one log-prob head, the fused one, and no option for another. With Triton (CUDA, XPU) it takes the "
-    "response positions only; elsewhere it takes every position (trl). trl_fused makes it take the response positions "
-    "here too, its kernels replaced by TRL's own PyTorch ones. use_liger_kernel is deprecated in TRL, changes layers "
-    "and no longer the head, and needs the package liger-kernel and Triton: not measured.",
+    f"TRL {version('trl')} has one log-prob head, the fused one, and no option for another. With Triton (CUDA, XPU) it "
+    "takes the response positions only; elsewhere it takes every position (trl). trl_fused makes it take the response "
+    "positions here too, its kernels replaced by TRL's own PyTorch ones. use_liger_kernel is deprecated in TRL, "
+    "changes layers and no longer the head, and needs the package liger-kernel and Triton: not measured.",
     "TRL's gradient checkpointing, on by default, is off here: no mode recomputes its layers.",
 )
 

@@ -145,7 +145,7 @@ def make_checkpoint(
 
     Args:
         shape: the sizes.
-        folder: where to; made if needed.
+        folder: where to; one that is there is taken as it is.
         device: where the random weights are drawn.
         dtype: of the weights.
         seed: of the weights.
@@ -153,12 +153,17 @@ def make_checkpoint(
     Returns:
         ``folder``.
     """
+    if folder.exists():
+        return folder
     config, processor = (_llava if shape.family == "llava" else _qwen)(shape)
     torch.manual_seed(seed)
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    # A run that was interrupted leaves no half of a checkpoint behind.
+    partial.rename(folder)
     return folder
 
 

@@ -250,7 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0.
     """
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.plot is not None and given.sweep is None and given.draw is None:
+        parser.error("--plot draws a sweep: add --sweep, or --draw FILE")
     if given.draw is not None:
         draw(json.loads(given.draw.read_text(encoding="utf-8")), given.plot or given.draw.with_suffix(".png"))
         return 0
@@ -279,9 +282,7 @@ def _sweep(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     def checkpoint(shape: Shape) -> Path:
         vocabulary = folder / f"{shape.name}-{shape.vocabulary}"
-        return (
-            vocabulary if vocabulary.exists() else make_checkpoint(shape, vocabulary, settings.device, settings.dtype)
-        )
+        return make_checkpoint(shape, vocabulary, settings.device, settings.dtype)
 
     def measure_memory(mode: str, points: Sequence[tuple[Shape, Path]]) -> list[int]:
         return in_fresh_process(memory_of, mode, points, settings)

@@ -98,9 +98,9 @@ def make_rows(
         share_prefix: see :data:`SharePrefix`. Rows that are not shared are padded to the longest.
 
     Raises:
-        ValueError: for ``share_prefix=True`` where the model cannot.
+        ValueError: for ``share_prefix=True`` where the model cannot, or if ``chosen`` is missing.
     """
-    views = [view for view in VIEWS if view in views]
+    views = _in_order(views)
     rows = [getattr(batch, view) for view in views]
     if share_prefix:
         longest = max(int(row.tokens["attention_mask"].sum(dim=1).max()) for row in rows)
@@ -138,9 +138,7 @@ def score(
     Raises:
         ValueError: if ``chosen`` is missing, or ``images`` lack the retrieved ones although ``visual`` is asked for.
     """
-    views = [view for view in VIEWS if view in views]
-    if "chosen" not in views:
-        raise ValueError(f"Expected the views to hold 'chosen', got {views}.")
+    views = _in_order(views)
     if images is None:
         images = encode_batch_images(backbone, model, batch, views)
     if "visual" in views and not images.has_retrieved:
@@ -153,6 +151,12 @@ def score(
     sums = torch.zeros(len(views) * len(batch), dtype=torch.float32, device=log_probs.device)
     sums = sums.index_add(0, rows.sums, log_probs.float())
     return LogProbs(**dict(zip(views, torch.split(sums, len(batch)), strict=True)))
+
+
+def _in_order(views: Sequence[ViewName]) -> list[ViewName]:
+    if "chosen" not in views:
+        raise ValueError(f"Expected the views to hold 'chosen', got {list(views)}.")
+    return [view for view in VIEWS if view in views]
 
 
 def response_lengths(batch: PreferenceBatch) -> ResponseLengths:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -87,6 +90,8 @@ class LoRA:
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 _train_in_float32(module.modules_to_save["default"])
+            if type(module) is LoraLinear:
+                _scale_between(module)
         return adapted
 
     def _config(self, backbone: Backbone, model: nn.Module, trained_modules: Sequence[str]) -> LoraConfig:
@@ -101,6 +106,49 @@ class LoRA:
             return LoraConfig(**arguments, **self.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"PEFT's LoraConfig does not take these settings of `adapter`: {error}") from error
+
+
+class _ScaledBetween(LoraVariant):
+    """Plain LoRA that multiplies by alpha / r between its two matrices, at a width of r, and not behind them.
+
+    A multiplication by a power of two changes no bit of the result wherever it stands, and two passes over the layer's
+    whole output are saved, one forward and one backward.
+    """
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to make beside plain LoRA's two matrices."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        """The base layer's ``result`` with the adapter's share for the input ``x`` added."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        share: torch.Tensor = up(down(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter])
+        return result + share
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """The base weight with the adapter in it."""
+        merged: torch.Tensor = orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return merged
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """The same in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """The base weight without the adapter again."""
+        base: torch.Tensor = orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return base
+
+
+def _scale_between(module: LoraLinear) -> None:
+    for name, scaling in module.scaling.items():
+        is_power_of_two = math.frexp(scaling)[0] == 0.5
+        if is_power_of_two and name in module.lora_A and name not in module.lora_variant:
+            module.lora_variant[name] = _ScaledBetween()
 
 
 def _train_in_float32(module: nn.Module) -> None:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
@@ -28,16 +29,18 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationMixin,
     PaliGemmaProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from realign_lightning.backbones import base, features, head, packing
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import Backbone, ImageFeatures, Part, PromptImages, eval_mode
 from realign_lightning.backbones.features import RowFeatures
-from realign_lightning.backbones.files import hash_checkpoint, hash_processor
+from realign_lightning.backbones.files import hash_checkpoint, hash_code, hash_processor
 from realign_lightning.backbones.head import token_log_probs
 from realign_lightning.backbones.packing import PACKABLE, PACKED_SDPA, Packing
 from realign_lightning.backbones.sharded import named_blocks, read_shards, shard, take_over
@@ -463,7 +466,9 @@ class AutoBackbone(Backbone):
             "chat_template": str(fresh.processor.chat_template),
             "processor_kwargs": json.dumps(self.processor_kwargs, sort_keys=True),
             "max_length": str(self.max_length),
-            "transformers": transformers.__version__,
+            "code": hash_code(*_SCORING_CODE, sys.modules[__name__], *_own_modules(type(self))),
+            **{package: version(package) for package in ("transformers", "torchvision", "pillow")},
+            **({} if self.quantization is None else {"bitsandbytes": version("bitsandbytes")}),
         }
 
     def _folder(self) -> Path:
@@ -657,7 +662,9 @@ class AutoBackbone(Backbone):
         config = inner.get_decoder().config
         kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
         window = getattr(config, "sliding_window", None)
-        if "token_type_ids" in inspect.signature(inner.forward).parameters:
+        kinds_of_model = [kind for kind in type(inner).__mro__ if kind is not GenerationMixin]
+        makes_own_masks = any("create_masks_for_generate" in vars(kind) for kind in kinds_of_model)
+        if makes_own_masks or "token_type_ids" in inspect.signature(inner.forward).parameters:
             return f"{type(inner).__name__} lets prompt or image tokens see those behind them"
         if kinds:
             return f"{type(inner).__name__} has layers of {', '.join(kinds)}"
@@ -778,6 +785,9 @@ _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type
 _TOKENS_PER_ROW, _IMAGES_PER_ROW = _COUNTS = "num_image_tokens", "num_images"
 """Counts that travel with the image inputs, one per row, so that features can be cut into rows."""
 
+_SCORING_CODE = (base, features, head, packing)
+"""What scores depend on, beside this file and those of families."""
+
 _PROJECTORS = {"multi_modal_projector", "connector", "aligner", "merger", "deepstack_merger_list", "image_newline"}
 """What transformers calls the parts between vision tower and language model."""
 
@@ -821,3 +831,12 @@ def _pad_and_cat(tensors: Sequence[Tensor]) -> Tensor:
         missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
         padded.append(F.pad(tensor, [pad for amount in reversed(missing) for pad in (0, amount)]))
     return torch.cat(padded)
+
+
+def _own_modules(kind: type) -> list[ModuleType]:
+    """Modules of this package that a family's class and its bases are written in."""
+    names = {base.__module__ for base in kind.__mro__ if base.__module__.startswith(f"{_PACKAGE}.")}
+    return [sys.modules[name] for name in sorted(names)]
+
+
+_PACKAGE = __name__.partition(".")[0]

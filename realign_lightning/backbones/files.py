@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -48,6 +51,29 @@ def hash_processor(processor: Any) -> str:
         processor.save_pretrained(folder)
         files = [file for file in Path(folder).rglob("*") if file.is_file() and not _is_template(file)]
         return hash_texts({str(file.relative_to(folder)): hash_bytes(_content(file)) for file in files})
+
+
+def hash_code(*modules: ModuleType) -> str:
+    """SHA-256 over what the source of modules does, whatever its comments, docstrings and layout.
+
+    Args:
+        modules: in any order, with their source at hand.
+    """
+    return hash_texts({module.__name__: _without_words(inspect.getsource(module)) for module in modules})
+
+
+def _without_words(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)] or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def hash_texts(texts: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ itself. A prompt with two responses is computed once, in the forward pass and in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,11 +63,6 @@ class Packing:
         """Tokens of the row."""
         return sum(map(len, self.trees))
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with one of its responses."""
-        return max(tree.prompt + max(tree.responses, default=0) for tree in self.trees)
-
     def mask(self, device: torch.device | str) -> Tensor:
         """Who sees whom, (1, 1, L, L) bool: True where the token of a row may attend to that of a column.
 
@@ -79,7 +75,9 @@ class Packing:
         return (same & (place[:, None] >= place))[None, None]
 
     def block_mask(self, device: torch.device | str) -> BlockMask:
-        """The same for FlexAttention, without a matrix of the size of the row squared.
+        """The same for FlexAttention, which then skips every block that nobody looks at.
+
+        While it is made, PyTorch holds a matrix of booleans of the size of the row squared.
 
         Args:
             device: of the mask.
@@ -103,6 +101,23 @@ class Packing:
             return {"attention_mask": self.block_mask(device)}
         # A mask of four dimensions is handed on as it is, and this one fits no other attention.
         return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "packing": self}
+
+    def response_masks(self, device: torch.device) -> list[Tensor | None]:
+        """For every tree what its responses see of it, (1, 1, responses, tree) bool; None for trees of one response.
+
+        Made once for all layers, and for policy and reference.
+
+        Args:
+            device: of the masks.
+        """
+        if device not in self._masks:
+            masks = [_response_mask(tree, device) for tree in self.trees]
+            self._masks[device] = masks
+        return self._masks[device]
+
+    @cached_property
+    def _masks(self) -> dict[torch.device, list[Tensor | None]]:
+        return {}
 
     def _labels(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """For every token the number of its tree, and of its response within the tree."""
@@ -160,26 +175,27 @@ def packed_sdpa(
     outputs = []
     # Splits, not slices: the backward pass of a slice fills a whole row with zeros.
     lengths = [len(tree) for tree in packing.trees]
-    for tree, *parts in zip(
-        packing.trees, *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
-    ):
-        outputs += _tree_attention(module, tree, *parts, **kwargs)
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    for tree, mask, part in zip(packing.trees, packing.response_masks(query.device), parts, strict=True):
+        outputs += _tree_attention(module, tree, mask, *part, **kwargs)
     return torch.cat(outputs, dim=1), None
 
 
 def _tree_attention(
-    module: nn.Module, tree: Tree, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    module: nn.Module, tree: Tree, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> list[Tensor]:
     """Attention of one tree, the prompt before the responses: (1, rows, heads, D) each."""
-    if len(tree.responses) < 2:
+    if mask is None:
         return [_sdpa(module, query, key, value, None, **kwargs)[0]]
     asks = torch.split(query, [tree.prompt, len(tree) - tree.prompt], dim=2)
     prompt = _sdpa(module, asks[0], key[:, :, : tree.prompt], value[:, :, : tree.prompt], None, **kwargs)[0]
-    return [prompt, _sdpa(module, asks[1], key, value, _response_mask(tree, query.device), **kwargs)[0]]
+    return [prompt, _sdpa(module, asks[1], key, value, mask, **kwargs)[0]]
 
 
-def _response_mask(tree: Tree, device: torch.device) -> Tensor:
-    """(1, 1, responses, prompt + responses) bool."""
+def _response_mask(tree: Tree, device: torch.device) -> Tensor | None:
+    """(1, 1, responses, tree) bool; None for a tree of one response, which is plain causal attention."""
+    if len(tree.responses) < 2:
+        return None
     blocks = [torch.ones(length, length, device=device).tril() for length in tree.responses]
     own = torch.block_diag(*blocks).bool()  # type: ignore[no-untyped-call]
     prompt = torch.ones(len(own), tree.prompt, dtype=torch.bool, device=device)

@@ -66,9 +66,11 @@ class Surroundings:
         """
         name = str(dtype).removeprefix("torch.")
         with self.precision():
-            if not torch.is_autocast_enabled(self.device.type):
-                return name
-            return f"{name} under autocast to {torch.get_autocast_dtype(self.device.type)}".replace("torch.", "")
+            if torch.is_autocast_enabled(self.device.type):
+                name = f"{name} under autocast to {torch.get_autocast_dtype(self.device.type)}".replace("torch.", "")
+        # TF32 on GPUs, bfloat16 on CPUs: float32 in name only.
+        matmul = torch.get_float32_matmul_precision()
+        return name if matmul == "highest" else f"{name}, float32 products of {matmul} precision"
 
 
 @dataclass(frozen=True)

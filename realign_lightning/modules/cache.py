@@ -7,29 +7,23 @@ import json
 import logging
 import math
 import os
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from realign_lightning.journal import JournalWriter, Line, damaged, read_journal
 from realign_lightning.types import VIEWS, ViewName
 
 log = logging.getLogger(__name__)
-
-SCHEMA = "1"
-"""Raised whenever this package encodes or scores samples differently, so that older caches are not used."""
 
 FINGERPRINT = "fingerprint.json"
 """The file that says what the log-probs beside it depend on."""
 
 FILE_HASHES = "files.json"
 """The file that keeps the hashes of checkpoints' files."""
-
-_SYNC_SECONDS = 10.0
-"""Most that a machine which loses its power loses; a process that is killed loses nothing that it wrote."""
 
 _CHUNK = 1 << 24
 
@@ -67,17 +61,15 @@ class ReferenceCache:
         self.fingerprint = dict(fingerprint)
         self.folder = root / _digest(self.fingerprint)[:16]
         self.entries: dict[str, Entry] = {}
-        self._file: IO[bytes] | None = None
-        self._synced = 0.0
+        self._writer = JournalWriter(self.folder)
         if self.folder.is_dir():
             self._check_fingerprint()
-            for path in sorted(self.folder.glob("*.jsonl")):
-                self.entries.update(_read(path))
+            self.entries.update(map(_entry, read_journal(self.folder)))
         else:
             # A folder appears whole, or not at all.
             with_content = self.folder.with_name(f".{self.folder.name}-{uuid.uuid4().hex}")
             with_content.mkdir(parents=True)
-            (with_content / FINGERPRINT).write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
+            _write_json(with_content / FINGERPRINT, self.fingerprint)
             _rename_unless_there(with_content, self.folder)
 
     def _check_fingerprint(self) -> None:
@@ -105,24 +97,13 @@ class ReferenceCache:
                     f"Sample {keys[name]!r} has log-probs {entry} under the reference: the model does not compute in "
                     "this dtype and precision, or its weights are broken. Nothing of this batch was cached."
                 )
-        if not entries:
-            return
-        if self._file is None:
-            self._file = (self.folder / f"rank-{rank}-{uuid.uuid4().hex[:12]}.jsonl").open("xb", buffering=0)
-            self._synced = time.monotonic()
-        lines = ({"sample": name, "key": keys[name], **entry._asdict()} for name, entry in entries.items())
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        self._writer.rank = rank
+        self._writer.write({"sample": name, "key": keys[name], **entry._asdict()} for name, entry in entries.items())
         self.entries.update(entries)
 
     def close(self) -> None:
         """Finish writing; reading goes on, and writing may too."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        self._writer.close()
 
 
 def nearest_fingerprint(root: Path, fingerprint: Mapping[str, str]) -> Mapping[str, str] | None:
@@ -137,7 +118,12 @@ def nearest_fingerprint(root: Path, fingerprint: Mapping[str, str]) -> Mapping[s
     """
     if (root / _digest(fingerprint)[:16] / FINGERPRINT).is_file():
         return None
-    found = [_read_json(path) for path in sorted(root.glob(f"[!.]*/{FINGERPRINT}"))]
+    found = []
+    for path in sorted(root.glob(f"[!.]*/{FINGERPRINT}")):
+        try:
+            found.append(_read_json(path))
+        except ValueError as error:
+            log.warning("%s", error)
     return min(found, key=lambda other: len(_changed(other, fingerprint)), default=None)
 
 
@@ -165,17 +151,20 @@ _SHOWN = 60
 
 
 class FileHasher:
-    """SHA-256 of files; what was hashed is known again by path, size and time of change.
+    """SHA-256 of files; what was hashed is known again by path, size, place on the disk and times of change.
 
     Args:
-        memory: JSON file to remember hashes in; None forgets them.
+        memory: JSON file to remember hashes in; None forgets them. If it is damaged, files are read again.
     """
 
     def __init__(self, memory: Path | None = None) -> None:
         self._memory = memory
         self._known: dict[str, dict[str, Any]] = {}
         if memory is not None and memory.is_file():
-            self._known = _read_json(memory)
+            try:
+                self._known = json.loads(memory.read_bytes())
+            except ValueError as error:
+                log.warning("%s cannot be read (%s): files of weights are identified anew.", memory, error)
 
     def __call__(self, path: Path) -> str:
         """SHA-256 of a file in hexadecimal.
@@ -184,7 +173,9 @@ class FileHasher:
             path: the file.
         """
         state = path.stat()
-        seen = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        # The time of modification can be set by anyone, that of the last change to the file's entry cannot.
+        names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+        seen = {name: getattr(state, name) for name in names}
         known = self._known.get(str(path.resolve()), {})
         if {name: known.get(name) for name in seen} == seen:
             return str(known["sha256"])
@@ -206,7 +197,7 @@ class FileHasher:
         if self._memory is not None:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             beside = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex}")
-            beside.write_text(json.dumps(self._known, indent=2) + "\n", encoding="utf-8")
+            _write_json(beside, self._known)
             beside.replace(self._memory)
 
 
@@ -225,6 +216,13 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} of a reference cache cannot be read ({error}): remove {path.parent}.") from error
 
 
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _rename_unless_there(source: Path, target: Path) -> None:
     """Move a folder to its place, or drop it where another process was faster."""
     try:
@@ -236,19 +234,12 @@ def _rename_unless_there(source: Path, target: Path) -> None:
         source.rmdir()
 
 
-def _read(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Log-probs in a file by fingerprint; a last line that was cut when its writer was killed is left out."""
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        log.warning("%s ends in the middle of a line, as its writer was killed: 1 sample is computed anew.", path)
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            yield str(record["sample"]), Entry(*(_finite(record, view) for view in VIEWS))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Line {number} of {path} is damaged ({error}): remove the file, what it held is computed anew."
-            ) from error
+def _entry(line: Line) -> tuple[str, Entry]:
+    """Log-probs on a line of a cache's file by fingerprint of the sample."""
+    try:
+        return str(line.value["sample"]), Entry(*(_finite(line.value, view) for view in VIEWS))
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(line.path, line.number, error) from error
 
 
 def _finite(record: Mapping[str, Any], view: ViewName) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from realign_lightning.modules.cache import Entry, ReferenceCache
+from realign_lightning.modules.ranks import gather, rank_and_world_size, sum_over_ranks
 from realign_lightning.types import LogProbs, PreferenceBatch
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class CachePass:
             for row, (name, weight) in enumerate(zip(fingerprints_of(batch), batch.weights.tolist(), strict=True))
             if weight and name not in self.cache.entries
         }
-        count = int(_sum(torch.tensor(float(len(wanted)), device=self._device)))
+        count = int(sum_over_ranks(torch.tensor(float(len(wanted)), device=self._device)))
         # No model is loaded for the sake of samples that cannot be read.
         if count:
             scores = self._score(batch)
@@ -189,30 +189,3 @@ def fingerprints_of(batch: PreferenceBatch) -> tuple[str, ...]:
             "backbone's `collate` to fill PreferenceBatch.fingerprints."
         )
     return names
-
-
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in order.
-
-    Args:
-        value: of this rank; can be pickled.
-    """
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among those that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _sum(value: Tensor) -> Tensor:
-    if rank_and_world_size()[1] > 1:
-        torch.distributed.all_reduce(value)
-    return value

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,23 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from realign_lightning import scoring
 from realign_lightning.backbones.adapters import LoRA
-from realign_lightning.backbones.base import PARTS, Backbone, Part
+from realign_lightning.backbones.base import PARTS, Backbone, Part, eval_mode
+from realign_lightning.backbones.files import hash_code
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
 from realign_lightning.modules.base_scorer import BaseScorer, Surroundings
 from realign_lightning.modules.cache import (
     FILE_HASHES,
-    SCHEMA,
     FileHasher,
     ReferenceCache,
     describe_changes,
     nearest_fingerprint,
 )
-from realign_lightning.modules.cache_pass import CachePass, gather, rank_and_world_size
+from realign_lightning.modules.cache_pass import CachePass
 from realign_lightning.modules.card import write_card
 from realign_lightning.modules.hparams import component_spec
+from realign_lightning.modules.ranks import gather, rank_and_world_size, sum_over_ranks
 from realign_lightning.modules.reference import AdapterOff, CachedReference, Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
 from realign_lightning.modules.strategy import FSDP2Strategy, check_shapes
@@ -151,6 +153,7 @@ class RDPOModule(pl.LightningModule):
         self.compile_backend = compile_backend
         self.reference_cache = reference_cache
         self._policy: nn.Module | None = None
+        self._image_path_was_trained = False
         self._reference: Reference | None = None
         self._window = _Window()
         self._val_window = _Window()
@@ -221,6 +224,8 @@ class RDPOModule(pl.LightningModule):
         self._compile(policy)
         # Models come from disk in eval mode, and the Trainer leaves them in the mode that they are in.
         self._policy = policy.train(self.training)
+        # Seen now, before anybody freezes what was trained.
+        self._image_path_was_trained = not self.image_path_is_frozen
 
     def _compile(self, policy: nn.Module) -> None:
         """Compile block by block: they are alike, so that one is compiled and all run it."""
@@ -295,8 +300,15 @@ class RDPOModule(pl.LightningModule):
 
     @property
     def image_path_is_frozen(self) -> bool:
-        """Whether vision tower and projector are as the reference has them: nothing in them is trained."""
-        return not any(parameter.requires_grad for parameter in self.backbone.image_parameters(self.policy))
+        """Whether vision tower and projector are as the reference has them: nothing in them is, or ever was, trained.
+
+        What was once found trainable counts as trained. Freezing it later, as ``LightningModule.freeze`` does, does not
+        bring the reference's weights back.
+        """
+        if not self._image_path_was_trained:
+            images = self.backbone.image_parameters(self.policy)
+            self._image_path_was_trained = any(parameter.requires_grad for parameter in images)
+        return not self._image_path_was_trained
 
     # ---- the cache of the reference's log-probs
 
@@ -377,7 +389,7 @@ class RDPOModule(pl.LightningModule):
 
     def _fingerprint(self, around: Surroundings, root: Path) -> dict[str, str]:
         """What reference log-probs depend on, beside the sample."""
-        own = {"schema": SCHEMA, "precision": around.describe(self._base_dtype)}
+        own = {"scoring": hash_code(scoring), "precision": around.describe(self._base_dtype)}
         return {**own, **self.backbone.fingerprint(FileHasher(root / FILE_HASHES))}
 
     @property
@@ -421,7 +433,11 @@ class RDPOModule(pl.LightningModule):
             rows: from :meth:`make_rows` for the same views; laid out here when None.
         """
         share = self.image_path_is_frozen
-        with torch.no_grad() if share else nullcontext():
+        with ExitStack() as stack:
+            if share:
+                # As the reference sees images: without dropout, where a tower has some.
+                stack.enter_context(eval_mode(self.policy))
+                stack.enter_context(torch.no_grad())
             images = encode_batch_images(self.backbone, self.policy, batch, views)
         rows = self.make_rows(batch, views) if rows is None else rows
         reference = None
@@ -695,24 +711,12 @@ class _Window:
     def flush(self) -> dict[str, Tensor]:
         if self._sums is None:
             return {}
-        weight, *sums = _sum_over_ranks(self._sums)
+        weight, *sums = sum_over_ranks(self._sums)
         self._sums = None
         return {name: value / weight.clamp(min=1) for name, value in zip(self._names, sums, strict=True)}
-
-
-def _world_size() -> int:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    if _world_size() > 1:
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def _share_of_rank(weights: Tensor) -> Tensor:
     """Weight of this rank's samples over that of a mean rank; below 1 where the last batches were filled up."""
     total = weights.sum()
-    return total * _world_size() / _sum_over_ranks(total).clamp(min=1)
+    return total * rank_and_world_size()[1] / sum_over_ranks(total).clamp(min=1)

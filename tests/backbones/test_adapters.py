@@ -3,6 +3,8 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -42,6 +44,67 @@ def test_lora_twice_is_refused(backbone):
 def test_peft_options_pass_through(backbone):
     model = LoRA(r=2, alpha=4, options={"use_dora": True, "use_rslora": True}).apply(backbone, backbone.load_model())
     assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_scaling_between_the_matrices_changes_no_bit(tiny_llava, dtype, merged):
+    """Against PEFT's own layers, which scale behind them; of the answers and of the gradients."""
+    backbone = AutoBackbone(str(tiny_llava), dtype=dtype)
+    ours = LoRA(r=4, alpha=8, dropout=0.0).apply(backbone, backbone.load_model())
+    theirs = get_peft_model(backbone.load_model(), ours.peft_config["default"])
+    variants = [m for m in ours.modules() if isinstance(m, LoraLayer) and m.lora_variant]
+    assert len(variants) == 2 * 7
+    assert not any(m.lora_variant for m in theirs.modules() if isinstance(m, LoraLayer))
+    fill_adapters(ours)
+    theirs.load_state_dict(ours.state_dict())
+    batch = backbone.collate([backbone.encode_sample(sample) for sample in preference_samples(2)])
+    values = []
+    for model in (ours, theirs):
+        scored = model.merge_and_unload(safe_merge=True) if merged else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            values.append(score(backbone, scored, batch))
+        if not merged:
+            values[-1].chosen.sum().backward()
+    assert torch.equal(values[0].chosen, values[1].chosen)
+    assert torch.equal(values[0].visual, values[1].visual)
+    blank = score(backbone, backbone.load_model(), batch)
+    assert (values[0].chosen - blank.chosen).abs().min() > 0.1
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        assert one.grad is None or torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=3, alpha=4), LoRA(r=4, alpha=8, options={"use_dora": True})])
+def test_other_layers_stay_pefts(backbone, lora):
+    """A scaling that is no power of two would round differently; DoRA has a forward of its own."""
+    model = lora.apply(backbone, backbone.load_model())
+    kinds = {
+        type(variant).__module__
+        for m in model.modules()
+        if isinstance(m, LoraLayer)
+        for variant in m.lora_variant.values()
+    }
+    assert kinds == ({"peft.tuners.lora.variants"} if lora.options else set())
+
+
+def test_merging_in_place_and_back(backbone):
+    model = LoRA(r=4, alpha=8, dropout=0.0).apply(backbone, backbone.load_model())
+    fill_adapters(model)
+    layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    expected = before + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=1e-6, atol=1e-6)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, before, rtol=1e-6, atol=1e-6)
+
+
+def fill_adapters(model) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data.copy_(0.2 * torch.randn(value.shape, generator=generator))
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

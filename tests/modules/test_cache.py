@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_a_last_line_that_was_cut_is_left_out_and_counted(tmp_path, caplog, cut)
     with caplog.at_level(logging.WARNING):
         again = ReferenceCache(tmp_path, MADE_WITH)
     assert again.entries.keys() == {"f1", "f2"}
-    assert "1 sample is computed anew" in caplog.text
+    assert "that work is done anew" in caplog.text
     add(again, 3)
     again.close()
     assert ReferenceCache(tmp_path, MADE_WITH).entries.keys() == {"f1", "f2", "f3"}
@@ -153,3 +154,31 @@ class TestFileHasher:
             os.utime(file, (second, second))
             found = FileHasher(tmp_path / "files.json")(file)
             assert found == hashlib.sha256(content).hexdigest()
+
+    def test_a_file_with_its_old_time_set_again_is_read_again(self, tmp_path):
+        """As unpacked from an archive with fixed times: the same size, the same time of modification."""
+        file = tmp_path / "weights"
+        for content in (b"one", b"two"):
+            # File systems tell times in steps of a few milliseconds.
+            time.sleep(0.05)
+            file.write_bytes(content)
+            os.utime(file, (1, 1))
+            assert FileHasher(tmp_path / "files.json")(file) == hashlib.sha256(content).hexdigest()
+
+    def test_damaged_memory_costs_no_more_than_reading(self, tmp_path, caplog):
+        file = tmp_path / "weights"
+        file.write_bytes(b"one")
+        (tmp_path / "files.json").write_bytes(b"")
+        with caplog.at_level(logging.WARNING):
+            assert FileHasher(tmp_path / "files.json")(file) == hashlib.sha256(b"one").hexdigest()
+        assert "identified anew" in caplog.text
+        assert json.loads((tmp_path / "files.json").read_text())
+
+
+def test_a_damaged_neighbour_stops_nobody(tmp_path, caplog):
+    (ReferenceCache(tmp_path, MADE_WITH | {"dtype": "bfloat16"}).folder / FINGERPRINT).write_bytes(b"")
+    near = MADE_WITH | {"max_length": "7"}
+    ReferenceCache(tmp_path, near)
+    with caplog.at_level(logging.WARNING):
+        assert nearest_fingerprint(tmp_path, MADE_WITH) == near
+    assert "cannot be read" in caplog.text

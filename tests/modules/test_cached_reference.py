@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import gc
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -21,7 +23,9 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from realign_lightning import scoring
 from realign_lightning.backbones import AutoBackbone, LoRA, PaliGemmaBackbone
+from realign_lightning.backbones.files import hash_code
 from realign_lightning.callbacks import Evaluation
 from realign_lightning.cli import run as run_command
 from realign_lightning.data import DualPreferenceDataModule, ShardWriter, encode_members, fingerprint_members
@@ -211,6 +215,24 @@ def test_values_are_those_of_the_precision(kind, precision, backbone, shards, tm
     assert rounded != exact, "it is another precision"
 
 
+def test_16_bit_log_probs_of_other_batches_are_near_those_of_the_step(backbone, shards, tmp_path):
+    """Cached one by one and used in a batch of four: rounding differs, but to neither side."""
+    module = module_of(backbone)
+    trainer = trainer_of(tmp_path, precision="bf16-true")
+    trainer.validate(module, datamodule=data_of(module, shards, 1), verbose=False)
+    samples = preference_samples(4)
+    encoded = [
+        dataclasses.replace(backbone.encode_sample(sample), fingerprint=fingerprint_members(encode_members(sample)))
+        for sample in samples
+    ]
+    with torch.no_grad():
+        policy, reference = module.to(torch.bfloat16).score(backbone.collate(encoded))
+    ours, cached = (torch.stack([value.double() for _, value in scores.items()]) for scores in (policy, reference))
+    residual = (ours - cached) / cached.abs()
+    assert residual.abs().max() <= 1e-2
+    assert residual.mean().abs() <= 2e-3
+
+
 def test_4_bit(tiny_llava, shards, tmp_path):
     backbone = AutoBackbone(str(tiny_llava), dtype="bfloat16", quantization="nf4")
     logged = {}
@@ -259,9 +281,13 @@ def refuse_to_score(module, around):
 class TestFingerprint:
     """Whatever log-probs depend on gives a cache of its own, with a warning; nothing else does."""
 
-    def make(self, folder, checkpoint, shards, precision="32-true", **settings) -> None:
+    def make(self, folder, checkpoint, shards, precision="32-true", matmul="highest", **settings) -> None:
         module = module_of(AutoBackbone(str(checkpoint), **settings))
-        trainer_of(folder, precision=precision).validate(module, datamodule=data_of(module, shards), verbose=False)
+        torch.set_float32_matmul_precision(matmul)
+        try:
+            trainer_of(folder, precision=precision).validate(module, datamodule=data_of(module, shards), verbose=False)
+        finally:
+            torch.set_float32_matmul_precision("highest")
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -272,6 +298,7 @@ class TestFingerprint:
             ({"revision": "v2"}, "made with revision None, now v2"),
             ({"processor_kwargs": {"image_mean": [0.4, 0.4, 0.4]}}, "made with other processor"),
             ({"precision": "bf16-mixed"}, "made with precision float32, now float32 under autocast to bfloat16"),
+            ({"matmul": "medium"}, "made with precision float32, now float32, float32 products of medium precision"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -314,6 +341,36 @@ class TestFingerprint:
     @staticmethod
     def halves(folder: Path) -> list[list[dict]]:
         return [[json.loads(line) for f in p.glob("*.jsonl") for line in f.open()] for p in folders_of(folder)]
+
+    def test_code_that_encodes_and_scores(self, tiny_llava, shards, tmp_path, caplog, monkeypatch):
+        """A release that computes otherwise finds nothing, however its version is called."""
+        self.make(tmp_path, tiny_llava, shards)
+        source = inspect.getsource
+
+        def changed(module):
+            text = source(module)
+            return text.replace("places - 1", "places - 2") if module is scoring else text
+
+        monkeypatch.setattr(inspect, "getsource", changed)
+        assert "places - 2" in inspect.getsource(scoring)
+        with caplog.at_level(logging.WARNING):
+            self.make(tmp_path, tiny_llava, shards)
+        assert "is not used: made with other scoring" in caplog.text
+
+    def test_comments_and_docstrings_do_not_count(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        bodies = {
+            "code_one": 'def f(x):\n    """Add."""\n    return x + 1\n',
+            "code_two": '"""A module."""\ndef f(x):\n    # Why.\n    return (x +\n            1)\n',
+            "code_three": "def f(x):\n    return x + 2\n",
+        }
+        hashes = []
+        for name, body in bodies.items():
+            (tmp_path / f"{name}.py").write_text(body)
+            module = importlib.import_module(name)
+            module.__name__ = "code"
+            hashes.append(hash_code(module))
+        assert hashes[0] == hashes[1] != hashes[2]
 
     def test_configuration(self, tiny_llava, shards, tmp_path):
         checkpoint = shutil.copytree(tiny_llava, tmp_path / "checkpoint")

@@ -16,6 +16,7 @@ from realign_lightning.data import DualPreferenceDataModule, ShardWriter
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
 from realign_lightning.modules.rdpo import paper_adamw
+from realign_lightning.scoring import score
 from tests.conftest import picture, preference_samples
 
 SMALL = LoRA(r=4, alpha=8, dropout=0.0)
@@ -121,6 +122,46 @@ def test_full_training_reaches_the_vision_tower(backbone, batch):
     module.loss(policy, reference).losses.sum().backward()
     tower = module.policy.model.vision_tower
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in tower.parameters())
+
+
+def test_freezing_a_trained_projector_leaves_it_the_policys(backbone, batch, tmp_path):
+    """``freeze()`` is Lightning's call before inference; the reference still has the base's projector."""
+    module = module_of(backbone, trained_parts=["projector"])
+    trainer_of(tmp_path).fit(module, loader_of(backbone))
+    with torch.no_grad():
+        before = module.score(batch)
+        module.freeze()
+        after = module.score(batch)
+        base = score(backbone, backbone.load_model(), batch)
+    for (_, one), (_, two), (_, expected) in zip(before[1].items(), after[1].items(), base.items(), strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(two, expected, rtol=1e-6, atol=1e-5)
+    assert (before[0].chosen - before[1].chosen).abs().min() > 0.1
+    assert not module.image_path_is_frozen
+
+
+def test_a_tower_frozen_in_the_middle_of_a_run_still_counts_as_trained(backbone, batch):
+    module = module_of(backbone)
+    assert module.image_path_is_frozen
+    images = list(backbone.image_parameters(module.policy))
+    for thawed in (True, False):
+        for parameter in images:
+            parameter.requires_grad_(thawed)
+        module.score(batch)
+    assert not module.image_path_is_frozen
+
+
+def test_dropout_of_a_frozen_tower_is_off_for_both_models(backbone, batch):
+    module = module_of(backbone).train()
+    for block in module.policy.get_base_model().model.vision_tower.modules():
+        if hasattr(block, "dropout") and isinstance(block.dropout, float):
+            block.dropout = 0.5
+    policy, reference = module.score(batch)
+    with torch.no_grad():
+        expected = score(backbone, backbone.load_model(), batch)
+    torch.testing.assert_close(reference.visual, expected.visual, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(policy.visual, expected.visual, rtol=1e-6, atol=1e-5)
+    assert module.policy.training
 
 
 def test_logged_names(backbone, tmp_path):
