@@ -157,6 +157,7 @@ def _draw_column(axes: Any, sweep: Sweep, points: Mapping[str, Any]) -> None:
         axis.set_yscale("log")
         axis.set_xticks(values, [f"{value:,}".replace(",", " ") for value in values])
         axis.minorticks_off()
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].set_xlabel(sweep.label)

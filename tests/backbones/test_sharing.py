@@ -460,9 +460,10 @@ class TestOddModels:
 
 
 class TestCompiled:
-    def module(self, folder, **settings) -> RDPOModule:
+    def module(self, folder, quantization=None, **settings) -> RDPOModule:
         torch.manual_seed(0)
-        module = RDPOModule(AutoBackbone(str(folder)), adapter=LoRA(r=2, alpha=4, dropout=0.0), **settings).train()
+        backbone = AutoBackbone(str(folder), quantization=quantization)
+        module = RDPOModule(backbone, adapter=LoRA(r=2, alpha=4, dropout=0.0), **settings).train()
         for name, value in module.policy.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(value, std=0.1)
@@ -485,6 +486,15 @@ class TestCompiled:
             counts.append(graphs["unique_graphs"])
         assert counts[0] > 0
         assert counts[-1] == counts[0]
+
+    def test_4_bit(self, tiny_llava):
+        eager = self.module(tiny_llava, quantization="nf4")
+        compiled = self.module(tiny_llava, quantization="nf4", compile_backend="aot_eager")
+        batch = batch_of(eager.backbone, samples_of_different_sizes())
+        expected = gradient(eager.policy, eager.training_step(batch, 0))
+        found = gradient(compiled.policy, compiled.training_step(batch, 0))
+        assert expected.norm() > 0
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
     def test_frozen_copies_are_compiled_too(self, tiny_llava):
         module = RDPOModule(AutoBackbone(str(tiny_llava)), compile_backend="aot_eager")
