@@ -229,7 +229,7 @@ def _cores() -> int:
 def _settings(arguments: argparse.Namespace, modes: Sequence[str], repeats: int) -> Settings:
     device = torch.device(arguments.device)
     return Settings(
-        modes=arguments.modes or modes,
+        modes=list(dict.fromkeys(arguments.modes or modes)),
         repeats=arguments.repeats or repeats,
         device=device,
         dtype=getattr(torch, arguments.dtype),
@@ -257,6 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.draw is not None:
         draw(json.loads(given.draw.read_text(encoding="utf-8")), given.plot or given.draw.with_suffix(".png"))
         return 0
+    for file in (given.json, given.plot):
+        # A place that cannot be written to must show before the measurements.
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     _quiet()
     with tempfile.TemporaryDirectory() as temporary:
@@ -264,13 +268,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = _shape(given, folder) if given.sweep is None else _sweep(given, folder)
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if given.sweep is not None and given.plot is not None:
+        draw(found, given.plot)
     return 0
 
 
 def _shape(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One shape, all modes: tables."""
     settings, shape = _settings(given, list(MODES), repeats=5), SHAPES[given.shape]
-    report = measure(shape, make_checkpoint(shape, folder / given.shape, settings.device, settings.dtype), settings)
+    checkpoint = make_checkpoint(shape, folder / f"{given.shape}-{given.dtype}", settings.device, settings.dtype)
+    report = measure(shape, checkpoint, settings)
     print(report.text())
     return report.as_json()
 
@@ -281,7 +288,7 @@ def _sweep(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = list(SWEEPS) if "all" in given.sweep else given.sweep
 
     def checkpoint(shape: Shape) -> Path:
-        vocabulary = folder / f"{shape.name}-{shape.vocabulary}"
+        vocabulary = folder / f"{shape.name}-{shape.vocabulary}-{given.dtype}"
         return make_checkpoint(shape, vocabulary, settings.device, settings.dtype)
 
     def measure_memory(mode: str, points: Sequence[tuple[Shape, Path]]) -> list[int]:
@@ -297,8 +304,6 @@ def _sweep(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     for name, points in found["sweeps"].items():
         print(f"{SWEEPS[name].label}\n\n{sweep_table(points)}\n")
-    if given.plot is not None:
-        draw(found, given.plot)
     return found
 
 

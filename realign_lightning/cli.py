@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from realign_lightning.estimate import Job
 
 COMMANDS = {
+    "convert": (
+        "realign_lightning.data.convert",
+        "turn pairs of any layout into shards, and shards into what other libraries read",
+    ),
     "estimate": ("realign_lightning.estimate", "memory, arithmetic and hours of a recipe, without its weights"),
     "export": ("realign_lightning.export", "turn a checkpoint into files for plain transformers and peft"),
+    "inspect": ("realign_lightning.inspection", "one HTML page to look at the pairs of shards"),
     "teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing"),
 }
 """Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help.

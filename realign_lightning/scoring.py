@@ -98,12 +98,14 @@ def make_rows(
         share_prefix: see :data:`SharePrefix`. Rows that are not shared are padded to the longest.
 
     Raises:
-        ValueError: for ``share_prefix=True`` where the model cannot, or if ``chosen`` is missing.
+        ValueError: for ``share_prefix=True`` where the model cannot, if ``chosen`` is missing, or if rows would change
+            each other's log-probs (:meth:`Backbone.check_length`).
     """
     views = _in_order(views)
     rows = [getattr(batch, view) for view in views]
+    longest = max(int(row.tokens["attention_mask"].sum(dim=1).max()) for row in rows)
+    backbone.check_length(model, longest)
     if share_prefix:
-        longest = max(int(row.tokens["attention_mask"].sum(dim=1).max()) for row in rows)
         reason = backbone.unshared_reason(model, longest)
         if reason is None:
             return _packed_rows(backbone, model, batch, views)

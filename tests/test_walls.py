@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "demos": {"types", "losses", "metrics", "backbones", "scoring", "data", "preferences", "modules", "callbacks"},
     "estimate": {"types", "backbones", "scoring", "modules"},
     "export": {"types", "backbones", "modules"},
+    "inspection": {"types", "data"},
     "cli": {
         "types",
         "losses",
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "demos",
         "estimate",
         "export",
+        "inspection",
     },
     "__main__": {"cli"},
 }

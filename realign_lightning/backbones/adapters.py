@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ class _ScaledBetween(LoraVariant):
 def _scale_between(module: LoraLinear) -> None:
     for name, scaling in module.scaling.items():
         is_power_of_two = math.frexp(scaling)[0] == 0.5
-        if is_power_of_two and name in module.lora_A and name not in module.lora_variant:
+        is_plain = name in module.lora_A and name not in module.lora_variant and module.lora_B[name].bias is None
+        if is_power_of_two and is_plain:
             module.lora_variant[name] = _ScaledBetween()
 
 
@@ -156,22 +158,18 @@ def _train_in_float32(module: nn.Module) -> None:
     if next(module.parameters()).dtype == torch.float32:
         return
     module.float()
-    compute = module.forward
-    is_cast = False
+    # A method, which a copy of the module takes along as its own.
+    module.forward = MethodType(_forward_in_dtype_of_inputs, module)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal is_cast
-        dtype = next((arg.dtype for arg in args if _is_floating(arg)), torch.float32)
-        if is_cast or dtype == next(module.parameters()).dtype:
-            return compute(*args, **kwargs)
-        is_cast = True
-        try:
-            weights = {name: value.to(dtype) for name, value in module.named_parameters()}
-            return torch.func.functional_call(module, weights, args, kwargs)
-        finally:
-            is_cast = False
 
-    module.forward = forward
+def _forward_in_dtype_of_inputs(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``type(module).forward`` with the weights in the dtype of the first floating input."""
+    dtype = next((arg.dtype for arg in args if _is_floating(arg)), torch.float32)
+    if dtype == next(module.parameters()).dtype:
+        return type(module).forward(module, *args, **kwargs)
+    weights = {name: value.to(dtype) for name, value in module.named_parameters()}
+    # Which calls this function again, the weights cast.
+    return torch.func.functional_call(module, weights, args, kwargs)
 
 
 def _is_floating(value: Any) -> bool:

@@ -38,9 +38,9 @@ from transformers import (
 
 from realign_lightning.backbones import base, features, head, packing
 from realign_lightning.backbones.adapters import LoRA
-from realign_lightning.backbones.base import Backbone, ImageFeatures, Part, PromptImages, eval_mode
+from realign_lightning.backbones.base import Backbone, GeneratedRow, ImageFeatures, Part, PromptImages, eval_mode
 from realign_lightning.backbones.features import RowFeatures
-from realign_lightning.backbones.files import hash_checkpoint, hash_code, hash_processor
+from realign_lightning.backbones.files import hash_checkpoint, hash_code, hash_processor, hash_texts
 from realign_lightning.backbones.head import token_log_probs
 from realign_lightning.backbones.packing import PACKABLE, PACKED_SDPA, Packing
 from realign_lightning.backbones.sharded import named_blocks, read_shards, shard, take_over
@@ -181,6 +181,12 @@ class AutoBackbone(Backbone):
     @cached_property
     def _special_tokens(self) -> list[str]:
         return list(self.tokenizer.all_special_tokens)
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """What the tokenizer calls special, and its added tokens that are marked so; image tokens."""
+        marked = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return tuple(sorted({*self.tokenizer.all_special_ids, *marked, self.image_token_id, *self.end_token_ids}))
 
     @cached_property
     def image_token_id(self) -> int:
@@ -464,6 +470,8 @@ class AutoBackbone(Backbone):
             "quantization": str(self.quantization),
             "processor": hash_processor(fresh.processor),
             "chat_template": str(fresh.processor.chat_template),
+            # What a template writes may change by itself, as dates do.
+            "prompt": hash_texts({"a": fresh._render_prompt("a").text}),
             "processor_kwargs": json.dumps(self.processor_kwargs, sort_keys=True),
             "max_length": str(self.max_length),
             "code": hash_code(*_SCORING_CODE, sys.modules[__name__], *_own_modules(type(self))),
@@ -656,6 +664,22 @@ class AutoBackbone(Backbone):
         # Under FSDP2 only methods that it knows gather the weights of the head.
         return cast("Tensor", inner.run_gathered(run, **inputs) if hasattr(inner, "run_gathered") else run(**inputs))
 
+    def check_length(self, model: nn.Module, longest: int) -> None:
+        """Refuse sequences beyond the original context of a model whose position frequencies follow the longest one.
+
+        Raises:
+            ValueError: for ``rope_type`` dynamic or longrope, where a long row changes all others of its batch.
+        """
+        config = self._inner(model).get_decoder().config
+        rope = getattr(config, "rope_parameters", None) or {}
+        original = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and longest > original:
+            raise ValueError(
+                f"Sequences of up to {longest} tokens are longer than the {original} that {type(model).__name__} was "
+                f"made for, and its positions ({rope['rope_type']}) follow the longest sequence of a batch, so that "
+                f"log-probs would depend on the batch: set the backbone's max_length to {original}."
+            )
+
     def unshared_reason(self, model: nn.Module, longest: int) -> str | None:
         """Prompts that see their whole self, windows shorter than the sequences and other attention forbid sharing."""
         inner = self._inner(model)
@@ -687,10 +711,8 @@ class AutoBackbone(Backbone):
         positions: Tensor = inner.base_model.get_rope_index(**inputs)[0]
         return positions
 
-    def generate(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Answers to the rows of :meth:`encode_prompts`, cut at the end-of-turn token.
+    def generate_tokens(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[GeneratedRow]:
+        """Tokens that answer the rows of :meth:`encode_prompts`, cut behind the end-of-turn token.
 
         Greedy unless ``do_sample=True``; sampling settings that the checkpoint ships do not apply to greedy decoding.
         """
@@ -701,13 +723,16 @@ class AutoBackbone(Backbone):
         settings = {"pad_token_id": self.pad_token_id, "eos_token_id": list(self.end_token_ids), **kwargs}
         tokens = {name: inputs[name] for name in _TOKEN_INPUTS if name in inputs}
         # Not inference_mode: weights that FSDP gathers in it could not be trained on afterwards.
-        with eval_mode(model), torch.no_grad():
+        # Compiled blocks run as they are: decoding would compile them anew for caches of every kind and length.
+        with torch.compiler.set_stance("force_eager"), eval_mode(model), torch.no_grad():
             num_tokens = int((inputs["input_ids"] == self.image_token_id).sum())
             features = RowFeatures.whole(self._vision(model, inputs), inputs, num_tokens)
             rows = model.generate(**tokens, **features.forward_inputs(), **settings)  # type: ignore[operator]
-        answers = rows[:, inputs["input_ids"].shape[1] :].tolist()
-        finished = [not drop_unfinished or not set(row).isdisjoint(self.end_token_ids) for row in answers]
-        return [self.decode(row) if done else "" for row, done in zip(answers, finished, strict=True)]
+        return [self._cut(row) for row in rows[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _cut(self, tokens: Sequence[int]) -> GeneratedRow:
+        end = next((place for place, token in enumerate(tokens) if token in self.end_token_ids), None)
+        return GeneratedRow(list(tokens), False) if end is None else GeneratedRow(list(tokens[: end + 1]), True)
 
     def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:
         """Mean over the vision tower's last hidden states, L2-normalised, (N, D) float32 on the CPU."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from PIL import Image
@@ -37,6 +37,18 @@ embeddings (merger, connector, aligner); a head that shares the embeddings' weig
 
 PARTS: tuple[Part, ...] = get_args(Part)
 """All parts."""
+
+
+class GeneratedRow(NamedTuple):
+    """What a model answered to one row.
+
+    Args:
+        tokens: of the answer, the end-of-turn token last if it came.
+        finished: whether it came.
+    """
+
+    tokens: list[int]
+    finished: bool
 
 
 class ImageTokenError(ValueError):
@@ -113,6 +125,11 @@ class Backbone(ABC):
     @abstractmethod
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response."""
+
+    @property
+    @abstractmethod
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Token ids that stand for no text: image tokens, and those that mark turns, padding and ends."""
 
     def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Roughly how many tokens pictures take in a prompt, for grouping samples by length.
@@ -221,6 +238,17 @@ class Backbone(ABC):
             packing: what stands where in a packed row; None for rows of one sequence each.
         """
 
+    def check_length(self, model: nn.Module, longest: int) -> None:  # noqa: B027 - most families have none to refuse
+        """Refuse sequences with which the rows of a batch would change each other's log-probs.
+
+        Args:
+            model: policy or reference.
+            longest: tokens of the longest prompt with a response.
+
+        Raises:
+            ValueError: if they would; the message says what to do.
+        """
+
     def unshared_reason(self, model: nn.Module, longest: int) -> str | None:
         """Why responses cannot share their prompt's row under a model, or None if they can.
 
@@ -240,14 +268,19 @@ class Backbone(ABC):
         """
         return (tokens["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
 
-    @abstractmethod
     def generate(
         self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to the model's ``generate``.
+        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to :meth:`generate_tokens`.
 
         With ``drop_unfinished`` an answer that was cut before its end is given as an empty text.
         """
+        rows = self.generate_tokens(model, inputs, **kwargs)
+        return [self.decode(row.tokens) if row.finished or not drop_unfinished else "" for row in rows]
+
+    @abstractmethod
+    def generate_tokens(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[GeneratedRow]:
+        """Tokens that answer the rows of :meth:`encode_prompts`; ``kwargs`` go to the model's ``generate``."""
 
     @abstractmethod
     def embed_images(self, model: nn.Module, images: Sequence[Image.Image]) -> Tensor:

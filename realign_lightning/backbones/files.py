@@ -6,12 +6,20 @@ import ast
 import hashlib
 import inspect
 import json
+import logging
+import os
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 24
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 _ADAPTER = "adapter_config.json"
 _WHERE = {"is_local", "local_files_only", "name_or_path"}
@@ -103,3 +111,67 @@ def _content(file: Path) -> bytes:
 
 def _is_template(file: Path) -> bool:
     return file.name.startswith("chat_template") or "additional_chat_templates" in file.parts
+
+
+class FileHasher:
+    """SHA-256 of files; what was hashed is known again by path, size, place on the disk and times of change.
+
+    Args:
+        memory: JSON file to remember hashes in; None forgets them. If it is damaged, files are read again.
+    """
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory = memory
+        self._known: dict[str, dict[str, Any]] = {}
+        if memory is not None and memory.is_file():
+            try:
+                self._known = json.loads(memory.read_bytes())
+            except ValueError as error:
+                log.warning("%s cannot be read (%s): files of weights are identified anew.", memory, error)
+
+    def __call__(self, path: Path) -> str:
+        """SHA-256 of a file in hexadecimal.
+
+        Args:
+            path: the file.
+        """
+        state = path.stat()
+        # The time of modification can be set by anyone, that of the last change to the file's entry cannot.
+        names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+        seen = {name: getattr(state, name) for name in names}
+        known = self._known.get(str(path.resolve()), {})
+        if {name: known.get(name) for name in seen} == seen:
+            return str(known["sha256"])
+        digest = hashlib.sha256()
+        with (
+            path.open("rb") as file,
+            tqdm(
+                desc=f"identify {path.name}", total=state.st_size, unit="B", unit_scale=True, delay=2, leave=False
+            ) as bar,
+        ):
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                bar.update(len(chunk))
+        self._known[str(path.resolve())] = {**seen, "sha256": digest.hexdigest()}
+        self._save()
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self._memory is not None:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex}")
+            write_json(beside, self._known)
+            beside.replace(self._memory)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there, whole, when the machine loses its power right afterwards.
+
+    Args:
+        path: the file.
+        value: plain JSON values.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from realign_lightning.data.builder import ShardBuilder
+from realign_lightning.data.card import BuildFacts, write_card
 from realign_lightning.data.datamodule import BadDataError, DualPreferenceDataModule, SampleReader, SkipLog
 from realign_lightning.data.lengths import group_by_length
 from realign_lightning.data.scan import ShardError, scan_shard
@@ -13,6 +14,7 @@ from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDatase
 __all__ = [
     "SCHEMA_VERSION",
     "BadDataError",
+    "BuildFacts",
     "DualPreferenceDataModule",
     "EpochSampler",
     "SampleIndex",
@@ -30,4 +32,5 @@ __all__ = [
     "group_by_length",
     "read_index",
     "scan_shard",
+    "write_card",
 ]

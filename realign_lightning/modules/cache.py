@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from realign_lightning.backbones.files import write_json
 from realign_lightning.journal import JournalWriter, Line, damaged, read_journal
 from realign_lightning.types import VIEWS, ViewName
 
@@ -24,8 +22,6 @@ FINGERPRINT = "fingerprint.json"
 
 FILE_HASHES = "files.json"
 """The file that keeps the hashes of checkpoints' files."""
-
-_CHUNK = 1 << 24
 
 
 class Entry(NamedTuple):
@@ -69,7 +65,7 @@ class ReferenceCache:
             # A folder appears whole, or not at all.
             with_content = self.folder.with_name(f".{self.folder.name}-{uuid.uuid4().hex}")
             with_content.mkdir(parents=True)
-            _write_json(with_content / FINGERPRINT, self.fingerprint)
+            write_json(with_content / FINGERPRINT, self.fingerprint)
             _rename_unless_there(with_content, self.folder)
 
     def _check_fingerprint(self) -> None:
@@ -150,57 +146,6 @@ _SHOWN = 60
 """Longest value that messages show; hashes and templates are longer."""
 
 
-class FileHasher:
-    """SHA-256 of files; what was hashed is known again by path, size, place on the disk and times of change.
-
-    Args:
-        memory: JSON file to remember hashes in; None forgets them. If it is damaged, files are read again.
-    """
-
-    def __init__(self, memory: Path | None = None) -> None:
-        self._memory = memory
-        self._known: dict[str, dict[str, Any]] = {}
-        if memory is not None and memory.is_file():
-            try:
-                self._known = json.loads(memory.read_bytes())
-            except ValueError as error:
-                log.warning("%s cannot be read (%s): files of weights are identified anew.", memory, error)
-
-    def __call__(self, path: Path) -> str:
-        """SHA-256 of a file in hexadecimal.
-
-        Args:
-            path: the file.
-        """
-        state = path.stat()
-        # The time of modification can be set by anyone, that of the last change to the file's entry cannot.
-        names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-        seen = {name: getattr(state, name) for name in names}
-        known = self._known.get(str(path.resolve()), {})
-        if {name: known.get(name) for name in seen} == seen:
-            return str(known["sha256"])
-        digest = hashlib.sha256()
-        with (
-            path.open("rb") as file,
-            tqdm(
-                desc=f"identify {path.name}", total=state.st_size, unit="B", unit_scale=True, delay=2, leave=False
-            ) as bar,
-        ):
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                bar.update(len(chunk))
-        self._known[str(path.resolve())] = {**seen, "sha256": digest.hexdigest()}
-        self._save()
-        return digest.hexdigest()
-
-    def _save(self) -> None:
-        if self._memory is not None:
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex}")
-            _write_json(beside, self._known)
-            beside.replace(self._memory)
-
-
 def _digest(fingerprint: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
@@ -214,13 +159,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path} of a reference cache cannot be read ({error}): remove {path.parent}.") from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:

@@ -27,12 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from realign_lightning import scoring
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import PARTS, Backbone, Part, eval_mode
-from realign_lightning.backbones.files import hash_code
+from realign_lightning.backbones.files import FileHasher, hash_code
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
 from realign_lightning.modules.base_scorer import BaseScorer, Surroundings
 from realign_lightning.modules.cache import (
     FILE_HASHES,
-    FileHasher,
     ReferenceCache,
     describe_changes,
     nearest_fingerprint,
@@ -154,6 +153,7 @@ class RDPOModule(pl.LightningModule):
         self.reference_cache = reference_cache
         self._policy: nn.Module | None = None
         self._image_path_was_trained = False
+        self._trained_at_first: set[str] = set()
         self._reference: Reference | None = None
         self._window = _Window()
         self._val_window = _Window()
@@ -226,6 +226,7 @@ class RDPOModule(pl.LightningModule):
         self._policy = policy.train(self.training)
         # Seen now, before anybody freezes what was trained.
         self._image_path_was_trained = not self.image_path_is_frozen
+        self._trained_at_first = {name for name, value in policy.named_parameters() if value.requires_grad}
 
     def _compile(self, policy: nn.Module) -> None:
         """Compile block by block: they are alike, so that one is compiled and all run it."""
@@ -463,6 +464,23 @@ class RDPOModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Forget what an interrupted run left unlogged."""
         self._window = _Window()
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse weights that were thawed on the way where the reference is made of them.
+
+        Raises:
+            ValueError: if base weights are trained now and the reference is the policy with its adapter off.
+        """
+        if not isinstance(self.reference, AdapterOff):
+            return
+        trained = {name for name, value in self.policy.named_parameters() if value.requires_grad}
+        thawed = sorted(trained - self._trained_at_first)
+        if thawed:
+            raise ValueError(
+                f"{len(thawed)} weights are trained that were frozen at first ({thawed[0]}, ...), and the reference is "
+                "the policy with its adapter off: it would change with them. Set `reference` to 'frozen_copy' or "
+                "'cached'."
+            )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from realign_lightning.backbones.base import Backbone
+from realign_lightning.preferences.infill import ForcedInfill, ListedInfill
 from realign_lightning.preferences.mask import MaskedResponse
 from realign_lightning.types import Prompt
 
@@ -137,105 +138,6 @@ class Inducer:
         # Not str.format: braces in a response are text.
         return self.instruction.replace("{prompt}", str(request.prompt)).replace("{masked}", masked)
 
-    def _infill_row(self, backbone: Backbone, prompt: Prompt, masked: MaskedResponse) -> InfillRow:
+    def _infill_row(self, backbone: Backbone, prompt: Prompt, masked: MaskedResponse) -> ListedInfill:
         end = backbone.end_token_ids[0]
-        return InfillRow(masked.segments, self.fillers, backbone.response_tokenizer(prompt), end)
-
-
-class _Path(NamedTuple):
-    """One way to go on: the text chosen so far, its token ids, white space not yet written, masks filled."""
-
-    text: str
-    ids: tuple[int, ...]
-    pending: str
-    filled: int
-
-
-class InfillRow:
-    """Which tokens may come next when the unmasked words are fixed and each mask takes one of the fillers.
-
-    Texts are tokenised as a whole, mask by mask, so that it works with any tokenizer: a filler's tokens are those that
-    it has between its neighbours.
-
-    Args:
-        segments: unmasked text before, between and behind the masks.
-        fillers: what a mask may become.
-        tokenize: token ids of responses.
-        end_token_id: closes the response.
-    """
-
-    def __init__(
-        self,
-        segments: Sequence[str],
-        fillers: Sequence[str],
-        tokenize: Callable[[Sequence[str]], Sequence[Sequence[int]]],
-        end_token_id: int,
-    ) -> None:
-        self._segments = list(segments)
-        self._fillers = list(fillers)
-        self._tokenize = tokenize
-        self._end = end_token_id
-        first = self._segments[0].rstrip()
-        ids = tuple(tokenize([first])[0]) if first else ()
-        self._paths = [_Path(first, ids, self._segments[0][len(first) :], 0)]
-
-    def allowed(self, generated: Sequence[int]) -> set[int]:
-        """Token ids that may follow ``generated``; empty when the response is complete.
-
-        Args:
-            generated: the tokens so far, which must have grown by allowed ones since the last call.
-        """
-        written = tuple(generated)
-        if self._end in written:
-            return set()
-        paths = [path for path in self._paths if path.ids[: len(written)] == written]
-        open_paths: list[_Path] = []
-        while paths:
-            path = paths.pop()
-            if len(path.ids) > len(written):
-                open_paths.append(path)
-            else:
-                paths.extend(self._extend(path))
-        self._paths = open_paths
-        return {path.ids[len(written)] for path in open_paths}
-
-    def _extend(self, path: _Path) -> Iterator[_Path]:
-        last = path.filled == len(self._segments) - 1
-        if last:
-            yield _Path(path.text, (*path.ids, self._end), "", path.filled)
-            return
-        segment = self._segments[path.filled + 1]
-        # White space before the next filler belongs to the filler's token in most vocabularies: written with it.
-        kept = segment.rstrip()
-        pieces = [path.pending + filler + kept for filler in self._fillers]
-        for piece, row in zip(pieces, self._tokenize([path.text + piece for piece in pieces]), strict=True):
-            ids = tuple(row)
-            if ids[: len(path.ids)] != path.ids:
-                ids = (*path.ids, *self._tokenize([piece])[0])
-            yield _Path(path.text + piece, ids, segment[len(kept) :], path.filled + 1)
-
-
-class ForcedInfill(LogitsProcessor):
-    """Lets each row of a batch go on only as its :class:`InfillRow` allows.
-
-    Args:
-        rows: one per row; None leaves a row free.
-        prompt_length: tokens before the answer, padding included.
-        pad_token_id: what rows that are complete are filled with.
-    """
-
-    def __init__(self, rows: Sequence[InfillRow | None], prompt_length: int, pad_token_id: int) -> None:
-        self._rows = rows
-        self._prompt_length = prompt_length
-        self._pad = pad_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) with minus infinity wherever a row may not go."""
-        forced = scores.clone()
-        for row, infill in enumerate(self._rows):
-            if infill is None:
-                continue
-            allowed = sorted(infill.allowed(input_ids[row, self._prompt_length :].tolist())) or [self._pad]
-            forced[row] = float("-inf")
-            forced[row, allowed] = torch.nan_to_num(scores[row, allowed], neginf=torch.finfo(scores.dtype).min)
-        return forced
+        return ListedInfill(masked.segments, self.fillers, backbone.response_tokenizer(prompt), end)

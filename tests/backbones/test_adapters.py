@@ -1,3 +1,4 @@
+import copy
 import shutil
 
 import bitsandbytes as bnb
@@ -11,6 +12,7 @@ from torch import nn
 from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.scoring import score
 from tests.conftest import preference_samples
+from tests.tiny_models import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,18 @@ def test_scaling_between_the_matrices_changes_no_bit(tiny_llava, dtype, merged):
         assert one.grad is None or torch.equal(one.grad, two.grad)
 
 
-@pytest.mark.parametrize("lora", [LoRA(r=3, alpha=4), LoRA(r=4, alpha=8, options={"use_dora": True})])
-def test_other_layers_stay_pefts(backbone, lora):
-    """A scaling that is no power of two would round differently; DoRA has a forward of its own."""
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoRA(r=3, alpha=4),
+        LoRA(r=4, alpha=8, options={"use_dora": True}),
+        LoRA(r=4, alpha=8, options={"lora_bias": True}, target_modules=r".*language_model.*(q|k|v)_proj"),
+    ],
+)
+def test_other_layers_stay_pefts(tmp_path, lora):
+    """No power of two would round differently, DoRA has a forward of its own, a bias is scaled too."""
+    # Of the families, the one whose layers have the bias that lora_bias asks for.
+    backbone = AutoBackbone(str(make_tiny("qwen2_5_vl", tmp_path / "qwen")))
     model = lora.apply(backbone, backbone.load_model())
     kinds = {
         type(variant).__module__
@@ -85,7 +96,22 @@ def test_other_layers_stay_pefts(backbone, lora):
         if isinstance(m, LoraLayer)
         for variant in m.lora_variant.values()
     }
-    assert kinds == ({"peft.tuners.lora.variants"} if lora.options else set())
+    assert kinds == ({"peft.tuners.lora.variants"} if "use_dora" in lora.options else set())
+
+
+def test_a_copy_of_a_16_bit_model_computes_with_its_own_projector(tiny_llava):
+    backbone = AutoBackbone(str(tiny_llava), dtype="bfloat16")
+    model = backbone.load_model()
+    adapted = LoRA(r=2, alpha=4, dropout=0.0).apply(backbone, model, backbone.projector_modules(model))
+    batch = backbone.collate([backbone.encode_sample(sample) for sample in preference_samples(2)])
+    with torch.no_grad():
+        before = score(backbone, adapted, batch).chosen
+        copied = copy.deepcopy(adapted)
+        for name, value in adapted.named_parameters():
+            if "modules_to_save" in name:
+                value += 0.3
+        assert torch.equal(score(backbone, copied, batch).chosen, before)
+        assert not torch.equal(score(backbone, adapted, batch).chosen, before)
 
 
 def test_merging_in_place_and_back(backbone):

@@ -389,6 +389,20 @@ class TestOddModels:
         for name, value in scores.items():
             torch.testing.assert_close(value.double(), torch.stack([one[name] for one in plain]), rtol=1e-5, atol=0)
 
+    def test_positions_that_follow_the_longest_row_are_refused(self, llava):
+        """Dynamic RoPE beyond its context: one long response would change every other sample of the batch."""
+        model = llava.load_model()
+        batch = llava.collate([llava.encode_sample(sample) for sample in samples_of_different_sizes()])
+        longest = max(getattr(batch, name).response_mask.shape[1] for name in WEIGHTS)
+        config = model.get_decoder().config
+        config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        for share_prefix in ("auto", False):
+            config.max_position_embeddings = longest
+            make_rows(llava, model, batch, share_prefix=share_prefix)
+            config.max_position_embeddings = longest - 1
+            with pytest.raises(ValueError, match=f"longer than the {longest - 1} .* max_length to {longest - 1}"):
+                make_rows(llava, model, batch, share_prefix=share_prefix)
+
     def test_chosen_must_be_there(self, llava):
         batch = llava.collate([llava.encode_sample(sample) for sample in samples_of_different_sizes()])
         with pytest.raises(ValueError, match=r"Expected the views to hold 'chosen', got \['rejected'\]"):

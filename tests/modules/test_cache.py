@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from realign_lightning.backbones.files import FileHasher
 from realign_lightning.modules.cache import (
     FINGERPRINT,
     Entry,
-    FileHasher,
     ReferenceCache,
     describe_changes,
     nearest_fingerprint,

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime as dt
 import gc
 import importlib
 import inspect
@@ -18,6 +19,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
@@ -309,6 +311,26 @@ class TestFingerprint:
         assert f"is not used: {words}" in caplog.text
         assert len(folders_of(tmp_path)) == 2
         assert len(lines_of(tmp_path)) == 14
+
+    def test_a_template_that_writes_the_date(self, tiny_llava, shards, tmp_path, caplog, monkeypatch):
+        """The template is the same in both runs; what it writes is not."""
+
+        class Clock(dt.datetime):
+            today = 20
+
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2026, 11, cls.today)
+
+        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+        template = "{{ strftime_now('%d %B %Y') }} " + LLAVA_TEMPLATE
+        for _ in range(2):
+            self.make(tmp_path, tiny_llava, shards, chat_template=template)
+        assert "is not used" not in caplog.text
+        Clock.today = 21
+        with caplog.at_level(logging.WARNING):
+            self.make(tmp_path, tiny_llava, shards, chat_template=template)
+        assert "is not used: made with other prompt" in caplog.text
 
     def test_what_does_not_count(self, tiny_llava, shards, tmp_path):
         self.make(tmp_path, tiny_llava, shards)

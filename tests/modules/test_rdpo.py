@@ -151,6 +151,25 @@ def test_a_tower_frozen_in_the_middle_of_a_run_still_counts_as_trained(backbone,
     assert not module.image_path_is_frozen
 
 
+@pytest.mark.parametrize("reference", ["auto", "frozen_copy"])
+def test_thawing_the_base_below_an_adapter(backbone, tmp_path, reference):
+    """With the adapter off the policy would no longer be the reference; a frozen copy stays what it is."""
+
+    class Thaw(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                for parameter in backbone.image_parameters(module.policy):
+                    parameter.requires_grad_(True)
+
+    module = module_of(backbone, reference=reference)
+    if reference == "auto":
+        with pytest.raises(ValueError, match="it would change with them"):
+            trainer_of(tmp_path, Thaw()).fit(module, loader_of(backbone))
+        return
+    trainer_of(tmp_path, Thaw()).fit(module, loader_of(backbone))
+    assert not module.image_path_is_frozen
+
+
 def test_dropout_of_a_frozen_tower_is_off_for_both_models(backbone, batch):
     module = module_of(backbone).train()
     for block in module.policy.get_base_model().model.vision_tower.modules():

@@ -36,8 +36,8 @@ def module_of(checkpoint: str, kind: str, engine: str) -> RDPOModule:
         part_learning_rates={"projector": 0.05} if kind == "projector" else None,
         optimizer=lambda weights: torch.optim.SGD(weights, lr=rate),
         gradient_checkpointing=kind == "projector",
-        # Two compiled processes are to agree with one that is not.
-        compile_backend="aot_eager" if kind != "projector" and engine != "one" else None,
+        # Sharded and compiled is to agree with one process that is neither.
+        compile_backend="aot_eager" if (kind, engine) == ("lora", "fsdp") else None,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from realign_lightning.backbones import AutoBackbone
 from realign_lightning.preferences import Inducer, InductionRequest, LexiconMasker
-from realign_lightning.preferences.induce import InfillRow
+from realign_lightning.preferences.infill import InfillRow, ListedInfill
 from tests.conftest import picture
 
 FILLERS = ["cat", "cats and dogs", "bus", "red bus", "laptop"]
@@ -29,8 +29,9 @@ def request(response: str, seed: int = 0) -> InductionRequest:
 
 def walk(row: InfillRow, choose) -> list[int]:
     ids: list[int] = []
-    while allowed := row.allowed(ids):
-        ids.append(choose(sorted(allowed)))
+    while choice := row.next(ids):
+        assert not choice.is_open
+        ids.append(choose(sorted(choice.tokens)))
     return ids
 
 
@@ -40,13 +41,13 @@ def test_infill_row_spells_exactly_the_possible_texts(backbone):
     segments = ("a red ", " stands beside the ", ".")
 
     def spell(prefix: list[int], texts: set[str]) -> None:
-        row = InfillRow(segments, FILLERS, backbone.response_tokenizer("a"), end)
-        allowed: set[int] = set()
+        row = ListedInfill(segments, FILLERS, backbone.response_tokenizer("a"), end)
+        choice = None
         for length in range(len(prefix) + 1):
-            allowed = row.allowed(prefix[:length])
-        if not allowed:
+            choice = row.next(prefix[:length])
+        if choice is None:
             texts.add(backbone.decode(prefix))
-        for token in allowed:
+        for token in choice.tokens if choice else ():
             spell([*prefix, token], texts)
 
     texts: set[str] = set()
@@ -56,7 +57,7 @@ def test_infill_row_spells_exactly_the_possible_texts(backbone):
 
 def test_infill_tokens_are_those_of_the_plain_text(backbone):
     end = backbone.end_token_ids[0]
-    row = InfillRow(("a ", " and a ", ""), ["laptop"], backbone.response_tokenizer("a"), end)
+    row = ListedInfill(("a ", " and a ", ""), ["laptop"], backbone.response_tokenizer("a"), end)
     assert walk(row, choose=min) == [*backbone.response_tokenizer("a")(["a laptop and a laptop"])[0], end]
 
 

@@ -1,0 +1,182 @@
+"""Answers of a model behind an OpenAI-compatible endpoint: a service, or a server such as vLLM's."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+
+from realign_lightning.preferences.engine import Answer, Engine, Question
+from realign_lightning.types import Prompt
+
+
+class EndpointEngine(Engine):
+    """Asks an OpenAI-compatible chat endpoint, several questions at once.
+
+    Requests that time out, are turned away for now (429) or fail on the server's side (5xx) are sent again, later and
+    later, as the server asks. A question that still fails gives an answer with its ``error``; it is not kept, so that
+    the next run asks again.
+
+    Args:
+        model: as the endpoint calls it.
+        base_url: of the endpoint, for example ``http://localhost:8000/v1``; None is the client's own default.
+        api_key_env: environment variable that holds the key. The key itself is never written anywhere.
+        batch_size: requests at the same time.
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+        timeout: seconds that a request may take.
+        retries: how often a request is sent again.
+        requests_per_minute: sent at most; None sets no limit.
+        image_format: that images are sent in: ``jpeg`` (quality 95) or ``png``.
+        options: further fields of the request, for example ``{"top_p": 0.9}``.
+
+    Raises:
+        ValueError: for a number that is not positive.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        batch_size: int = 16,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        timeout: float = 120.0,
+        retries: int = 5,
+        requests_per_minute: float | None = None,
+        image_format: str = "jpeg",
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("timeout", timeout)):
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be above 0, got {value}.")
+        if requests_per_minute is not None and not requests_per_minute > 0:
+            raise ValueError(f"Expected `requests_per_minute` to be above 0, got {requests_per_minute}.")
+        if image_format not in ("jpeg", "png"):
+            raise ValueError(f"Expected `image_format` to be 'jpeg' or 'png', got {image_format!r}.")
+        self.model = model
+        self.base_url = base_url
+        self.api_key_env = api_key_env
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.timeout = timeout
+        self.retries = retries
+        self.requests_per_minute = requests_per_minute
+        self.image_format = image_format
+        self.options = dict(options or {})
+        self._client: Any = None
+        self._wait = _Pace(requests_per_minute)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Endpoint, model and settings; not how often and how fast it is asked."""
+        return {
+            "engine": "endpoint",
+            "base_url": self.base_url,
+            "model": self.model,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "image_format": self.image_format,
+            **self.options,
+        }
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Ask all questions at once; see the class for what happens to those that fail."""
+        client = self._connect()
+        with ThreadPoolExecutor(self.batch_size) as pool:
+            return list(pool.map(lambda question: self._ask(client, question), questions))
+
+    def _ask(self, client: Any, question: Question) -> Answer:
+        errors = importlib.import_module("openai").OpenAIError
+        self._wait()
+        drawn = {"seed": question.seed} if self.temperature else {}
+        try:
+            reply = client.chat.completions.create(
+                model=self.model,
+                messages=self._messages(question.prompt, question.image),
+                max_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                **drawn,
+                **self.options,
+            )
+            choice, usage = reply.choices[0], reply.usage
+            counts = (0, 0) if usage is None else (usage.prompt_tokens or 0, usage.completion_tokens or 0)
+            text = choice.message.content
+        except errors as error:
+            return Answer("", finished=False, error=f"{type(error).__name__}: {error}")
+        # What the client parses of a server that answers with anything else than a chat completion.
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            return Answer("", finished=False, error=f"the endpoint's reply is no chat completion: {error!r}")
+        if not isinstance(text, str):
+            return Answer("", finished=False, error=f"the endpoint's reply holds no text: {text!r}")
+        return Answer(text.strip(), choice.finish_reason != "length", None, *counts)
+
+    def _messages(self, prompt: Prompt, image: Image.Image | None) -> list[dict[str, Any]]:
+        """The prompt as the endpoint takes it, the image where the prompt shows it, or before its first user's text."""
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        messages = [{**turn, "content": _parts(turn["content"])} for turn in given]
+        if image is None:
+            return messages
+        shown = {"type": "image_url", "image_url": {"url": self._encode(image)}}
+        if not any(part["type"] == "image" for message in messages for part in message["content"]):
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"].insert(0, {"type": "image"})
+        for message in messages:
+            message["content"] = [shown if part["type"] == "image" else part for part in message["content"]]
+        return messages
+
+    def _encode(self, image: Image.Image) -> str:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, self.image_format.upper(), quality=95)
+        return f"data:image/{self.image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            try:
+                openai = importlib.import_module("openai")
+            except ModuleNotFoundError as error:
+                raise ImportError("EndpointEngine needs openai: install realign-lightning[build].") from error
+            self._client = openai.OpenAI(
+                base_url=self.base_url,
+                # Servers of one's own ask for none, but the client does.
+                api_key=os.environ.get(self.api_key_env) or "none",
+                timeout=self.timeout,
+                max_retries=self.retries,
+            )
+        return self._client
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+
+
+class _Pace:
+    """Lets calls pass no faster than so many in a minute, from any number of threads."""
+
+    def __init__(
+        self,
+        per_minute: float | None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._gap = 0.0 if per_minute is None else 60 / per_minute
+        self._next = 0.0
+        self._lock = threading.Lock()
+        self._now = now
+        self._sleep = sleep
+
+    def __call__(self) -> None:
+        with self._lock:
+            start = max(self._now(), self._next)
+            self._next = start + self._gap
+        self._sleep(max(0.0, start - self._now()))

@@ -1,0 +1,145 @@
+"""Answers of a Hugging Face model on this machine, through its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from realign_lightning.backbones.base import Backbone, GeneratedRow
+from realign_lightning.backbones.files import FileHasher
+from realign_lightning.preferences.engine import Answer, Engine, Form, Question
+from realign_lightning.preferences.infill import ForcedInfill, FreeInfill, InfillRow, ListedInfill, SeededDraw
+from realign_lightning.types import SampleError
+
+_NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes")
+"""Of a backbone's fingerprint, what changes the last bits of a log-prob, but is no other model."""
+
+
+class LocalEngine(Engine):
+    """Generates with a Hugging Face vision-language model, several answers at a time.
+
+    What is drawn for a question depends on its seed, not on what else is in the batch.
+
+    Args:
+        backbone: the model; None is the policy that the pairs are built for.
+        batch_size: questions per call of the model's ``generate``.
+        max_new_tokens: longest answer.
+        sample: draw from the model's distribution instead of taking its best guess.
+        temperature: of the drawing.
+
+    Raises:
+        ValueError: for a size or temperature that is not positive.
+    """
+
+    can_force = True
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        batch_size: int = 16,
+        max_new_tokens: int = 256,
+        sample: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        for name, value in sizes.items():
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be above 0, got {value}.")
+        self.backbone = backbone
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.sample = sample
+        self.temperature = temperature
+        self._model: nn.Module | None = None
+        self._fingerprint: Mapping[str, str] | None = None
+
+    def use(self, backbone: Backbone, model: nn.Module | None = None) -> None:
+        """Take the policy, unless this engine has a model of its own.
+
+        Args:
+            backbone: the policy's family.
+            model: its weights; None loads them when they are first needed.
+        """
+        if self.backbone is None or self.backbone is backbone:
+            self.backbone, self._model = backbone, model
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, loaded when first asked for."""
+        if self._model is None:
+            self._model = self._family.load_model()
+        return self._model
+
+    @property
+    def _family(self) -> Backbone:
+        if self.backbone is None:
+            raise ValueError("LocalEngine has no model: give `backbone`, or call `use(backbone)`.")
+        return self.backbone
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The checkpoint (by content), its processor and template, and how answers are drawn."""
+        if self._fingerprint is None:
+            found = self._family.fingerprint(FileHasher())
+            self._fingerprint = {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
+        drawn = {"temperature": self.temperature} if self.sample else {}
+        return {"engine": "local", **self._fingerprint, "sample": self.sample, **drawn, "longest": self.max_new_tokens}
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer all questions in one batch; those that the model cannot be asked get an error each."""
+        errors = [self._error(question) for question in questions]
+        asked = [question for question, error in zip(questions, errors, strict=True) if error is None]
+        answers = iter(self._answer(asked) if asked else [])
+        return [next(answers) if error is None else Answer("", False, error) for error in errors]
+
+    def _error(self, question: Question) -> str | None:
+        if question.image is None:
+            return "LocalEngine's models look at an image, and the question has none"
+        try:
+            tokenize = self._family.response_tokenizer(question.prompt)
+            tokenize(question.form.segments if question.form is not None else ["."])
+        except SampleError as error:
+            return str(error)
+        return None
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        images = [question.image for question in questions if question.image is not None]
+        inputs = self._family.encode_prompts([question.prompt for question in questions], images)
+        forms = [self._row(question) for question in questions]
+        length = inputs["input_ids"].shape[1]
+        processors: list[LogitsProcessor] = []
+        if any(form is not None for form in forms):
+            processors.append(ForcedInfill(forms, length, self._family.pad_token_id))
+        if self.sample:
+            device = next(self.model.parameters()).device
+            processors.append(SeededDraw([question.seed for question in questions], self.temperature, device))
+        rows = self._family.generate_tokens(
+            self.model,
+            inputs,
+            max_new_tokens=self.max_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
+        )
+        read = inputs["attention_mask"].sum(dim=1).tolist()
+        return [
+            Answer(self._text(question, form, row), row.finished, None, tokens, len(row.tokens))
+            for question, form, row, tokens in zip(questions, forms, rows, read, strict=True)
+        ]
+
+    def _row(self, question: Question) -> InfillRow | None:
+        form = question.form
+        if form is None:
+            return None
+        tokenize, end = self._family.response_tokenizer(question.prompt), self._family.end_token_ids[0]
+        if form.fillers:
+            return ListedInfill(form.segments, form.fillers, tokenize, end)
+        return FreeInfill(form.segments, form.longest, tokenize, end, self._family.special_token_ids)
+
+    def _text(self, question: Question, form: InfillRow | None, row: GeneratedRow) -> str:
+        if not isinstance(form, FreeInfill) or not row.finished:
+            return self._family.decode(row.tokens)
+        assert isinstance(question.form, Form)  # noqa: S101 - the row was made of it
+        # Spliced into the original text, so that what was fixed is verbatim whatever the tokenizer makes of it.
+        return question.form.fill([self._family.decode(blank) for blank in form.blanks])
