@@ -289,7 +289,7 @@ class TestBadInput:
     def test_missing_faiss(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "faiss", None)
         with pytest.raises(ImportError, match="needs the package faiss: pip install faiss-cpu"):
-            ImageIndex(["a"], torch.ones(1, 1))
+            ImageIndex(["a"], torch.ones(1, 1)).neighbours(1)
 
     def test_unknown_lora_target(self, args):
         with pytest.raises(ValueError, match="LoRA cannot be put on LlavaForConditionalGeneration") as raised:

@@ -127,9 +127,9 @@ class Backbone(ABC):
         """Token ids that end a response."""
 
     @property
-    @abstractmethod
     def special_token_ids(self) -> tuple[int, ...]:
-        """Token ids that stand for no text: image tokens, and those that mark turns, padding and ends."""
+        """Token ids that stand for no text: padding and ends, and in families that have them images and turns."""
+        return (self.pad_token_id, *self.end_token_ids)
 
     def image_lengths(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Roughly how many tokens pictures take in a prompt, for grouping samples by length.

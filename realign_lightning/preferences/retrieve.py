@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from realign_lightning.backbones.base import Backbone
+from realign_lightning.preferences.retrieval.encoders import ImageEncoder, PolicyEncoder, TimmEncoder
+from realign_lightning.preferences.retrieval.ivfpq import IVFPQ
+from realign_lightning.preferences.retrieval.retriever import Neighbour, Retriever
+from realign_lightning.preferences.retrieval.search import ExactIndex, Names, Rules, neighbours_of
+from realign_lightning.preferences.retrieval.store import EmbeddingStore, content_hashes, embed_missing, unfit_vectors
 
-
-class Neighbour(NamedTuple):
-    """An image that resembles another.
-
-    Args:
-        image_id: which one.
-        score: cosine similarity of the embeddings, in [-1, 1].
-    """
-
-    image_id: str
-    score: float
-
-
-def _faiss() -> ModuleType:
-    try:
-        import faiss
-    except ModuleNotFoundError as error:
-        raise ImportError("Retrieving images needs the package faiss: pip install faiss-cpu.") from error
-    module: ModuleType = faiss
-    return module
+__all__ = [
+    "IVFPQ",
+    "EmbeddingStore",
+    "ImageEncoder",
+    "ImageIndex",
+    "Neighbour",
+    "PolicyEncoder",
+    "Retriever",
+    "TimmEncoder",
+    "content_hashes",
+    "embed_images",
+    "embed_missing",
+]
 
 
 def embed_images(backbone: Backbone, model: nn.Module, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
@@ -55,7 +52,7 @@ def embed_images(backbone: Backbone, model: nn.Module, images: Sequence[Image.Im
 
 
 class ImageIndex:
-    """Exact cosine search over normalised embeddings, by FAISS.
+    """Exact cosine search over normalised embeddings in memory; for files on disk see :class:`Retriever`.
 
     Args:
         image_ids: N distinct names.
@@ -74,12 +71,14 @@ class ImageIndex:
             raise ValueError(f"Expected ({len(image_ids)}, D) embeddings, got {tuple(embeddings.shape)}.")
         if len(set(image_ids)) != len(image_ids):
             raise ValueError("Expected every image id once; some repeat.")
-        if len(embeddings) and not torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-3):
-            raise ValueError("Expected L2-normalised embeddings: divide each row by its norm.")
+        vectors = embeddings.float().cpu().numpy()
+        if bad := unfit_vectors(vectors):
+            row, reason = next(iter(bad.items()))
+            raise ValueError(f"Expected L2-normalised embeddings; that of {image_ids[row]!r} {reason}.")
         self.image_ids = list(image_ids)
-        self._vectors = embeddings.float().contiguous().numpy()
-        self._index = _faiss().IndexFlatIP(embeddings.shape[1])
-        self._index.add(self._vectors)
+        # Ties are broken by position, so by id.
+        self._order = np.array(sorted(range(len(image_ids)), key=self.image_ids.__getitem__), dtype=np.int64)
+        self._index = ExactIndex(vectors[self._order])
 
     def neighbours(self, top_k: int = 10) -> list[list[Neighbour]]:
         """The ``top_k`` images most similar to each image, itself left out; ties in order of id.
@@ -93,16 +92,10 @@ class ImageIndex:
         Raises:
             ValueError: for ``top_k`` below 1.
         """
-        if top_k < 1:
-            raise ValueError(f"Expected `top_k` to be at least 1, got {top_k}.")
-        # One more for the image itself; with duplicates FAISS may put others before it.
-        scores, rows = self._index.search(self._vectors, min(top_k + 1, len(self.image_ids)))
+        names = Names(np.arange(len(self.image_ids)))
         found = []
-        for own, (row_scores, row_ids) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
-            others = [
-                Neighbour(self.image_ids[row], score)
-                for row, score in zip(row_ids, row_scores, strict=True)
-                if row != own
-            ]
-            found.append(sorted(others, key=lambda other: (-other.score, other.image_id))[:top_k])
+        for block in neighbours_of(self._index, np.argsort(self._order), Rules(top_k), names):
+            for rows, scores in zip(block.rows.tolist(), block.scores.tolist(), strict=True):
+                ids = (self.image_ids[self._order[row]] for row in rows if row >= 0)
+                found.append([Neighbour(image_id, score) for image_id, score in zip(ids, scores, strict=False)])
         return found

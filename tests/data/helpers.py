@@ -126,7 +126,7 @@ class WordBackbone(Backbone):
         raise NotImplementedError("these tests read data only")
 
     encode_prompts = response_tokenizer = decode = load_model = encode_images = join_images = select_images = _no_model
-    token_log_probs = generate = embed_images = parts = projector_modules = linear_pattern = _no_model
+    token_log_probs = generate_tokens = embed_images = parts = projector_modules = linear_pattern = _no_model
 
 
 class Recorder(LightningModule):

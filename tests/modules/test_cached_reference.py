@@ -413,7 +413,7 @@ class TestFingerprint:
         assert "made with other processor" in caplog.text
 
     def test_a_processor_that_was_used_is_the_same(self, tiny_llava):
-        from realign_lightning.modules.cache import FileHasher
+        from realign_lightning.backbones.files import FileHasher
 
         fresh, used = AutoBackbone(str(tiny_llava)), AutoBackbone(str(tiny_llava))
         used.tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
@@ -421,7 +421,7 @@ class TestFingerprint:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_family_wherever_it_lies(self, family, tmp_path):
-        from realign_lightning.modules.cache import FileHasher
+        from realign_lightning.backbones.files import FileHasher
 
         first = make_tiny(family, tmp_path / "one")
         second = shutil.copytree(first, tmp_path / "two")
@@ -434,7 +434,7 @@ class TestFingerprint:
 
     def test_a_name_on_the_hub_is_what_was_downloaded(self, tiny_llava, tmp_path):
         """In a process of its own: the hub's client looks once where its files lie."""
-        from realign_lightning.modules.cache import FileHasher
+        from realign_lightning.backbones.files import FileHasher
 
         repository = tmp_path / "models--owner--name"
         shutil.copytree(tiny_llava, repository / "snapshots" / ("c" * 40))
@@ -442,7 +442,7 @@ class TestFingerprint:
         (repository / "refs" / "main").write_text("c" * 40)
         code = (
             "import json; from realign_lightning.backbones import AutoBackbone;"
-            "from realign_lightning.modules.cache import FileHasher;"
+            "from realign_lightning.backbones.files import FileHasher;"
             "print(json.dumps(AutoBackbone('owner/name').fingerprint(FileHasher())))"
         )
         environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -453,7 +453,7 @@ class TestFingerprint:
         assert json.loads(done.stdout.splitlines()[-1]) == expected
 
     def test_an_adapter_in_the_place_of_a_checkpoint_is_refused(self, tiny_llava, tmp_path):
-        from realign_lightning.modules.cache import FileHasher
+        from realign_lightning.backbones.files import FileHasher
 
         checkpoint = shutil.copytree(tiny_llava, tmp_path / "checkpoint")
         (checkpoint / "adapter_config.json").write_text("{}")
@@ -866,7 +866,7 @@ def test_a_rank_that_is_killed_leaves_what_all_ranks_wrote(tiny_llava, shards, t
 
 def test_a_tiny_llava_of_other_weights_is_another_model(tmp_path):
     """The makers of tiny checkpoints draw the same weights again: the control for every test above."""
-    from realign_lightning.modules.cache import FileHasher
+    from realign_lightning.backbones.files import FileHasher
 
     one, two = (AutoBackbone(str(make_tiny_llava(tmp_path / name))).fingerprint(FileHasher()) for name in "ab")
     assert one == two

@@ -1,0 +1,1 @@
+"""Similar images: encoders, a store of embeddings, exact and approximate search."""
