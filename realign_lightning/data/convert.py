@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="realign-lightning convert",
         description="Turn preference pairs of any layout into shards, and shards into what other libraries read. Rows "
-        "that lack a rejected answer or image are left out and counted: `realign-lightning build` makes them.",
+        "that lack a rejected answer or image are left out and counted; `preferences.PreferenceBuilder` makes those.",
         allow_abbrev=False,
     )
     parser.add_argument("input", metavar="IN", help="file, folder or pattern")

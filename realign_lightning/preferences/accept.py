@@ -105,6 +105,7 @@ Reason = Literal[
     "unwritable",
     "unchanged",
     "still masked",
+    "nonsense",
     "refusal",
     "true of the image",
     "too similar",
