@@ -101,7 +101,7 @@ class JournalWriter:
             self._file = (self.folder / name).open("xb", buffering=0)
             self._synced = time.monotonic()
         try:
-            _write_all(self._file, text.encode())
+            write_all(self._file, text.encode())
         except OSError:
             # What was cut must stay the last line of its file.
             self._file.close()
@@ -119,8 +119,16 @@ class JournalWriter:
             self._file = None
 
 
-def _write_all(file: IO[bytes], data: bytes) -> None:
-    """Unbuffered files may take a part only; on a full disk the next call says so."""
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, which may take a part only.
+
+    Args:
+        file: opened with ``buffering=0``.
+        data: what to write.
+
+    Raises:
+        OSError: if the disk is full; a part may have been written.
+    """
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

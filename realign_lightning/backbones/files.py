@@ -93,6 +93,18 @@ def hash_texts(texts: Mapping[str, str]) -> str:
     return hash_bytes(repr(sorted(texts.items())).encode())
 
 
+def hash_json(value: Any) -> str:
+    """SHA-256 over plain JSON values, whatever the order of names.
+
+    Args:
+        value: plain JSON values.
+
+    Raises:
+        ValueError: for numbers that JSON does not know.
+    """
+    return hash_bytes(json.dumps(value, sort_keys=True, allow_nan=False).encode())
+
+
 def hash_bytes(data: bytes) -> str:
     """SHA-256 in hexadecimal.
 
@@ -159,19 +171,20 @@ class FileHasher:
     def _save(self) -> None:
         if self._memory is not None:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex}")
-            write_json(beside, self._known)
-            beside.replace(self._memory)
+            write_json(self._memory, self._known)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there, whole, when the machine loses its power right afterwards.
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    """Write a JSON file that appears whole, and is there when the machine loses its power right afterwards.
 
     Args:
-        path: the file.
+        path: the file, in a folder that is there.
         value: plain JSON values.
+        sort_keys: whether names are written in order.
     """
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    beside.replace(path)

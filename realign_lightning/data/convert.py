@@ -339,7 +339,7 @@ class _Shards(PairWriter):
         self._writer.close()
 
     def abandon(self) -> None:
-        self._writer._abandon_shard()
+        self._writer.abandon()
 
 
 class _WebDataset(PairWriter):

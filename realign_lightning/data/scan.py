@@ -118,7 +118,7 @@ def scan_shard(path: Path) -> list[StoredSample]:
         raise ShardError(f"shard {path} is not a whole uncompressed tar ({error}); write or copy it again") from error
     if not headers:
         raise ShardError(f"shard {path} holds no samples; remove it or write it again")
-    _check_end(path, headers[-1], size)
+    check_end(path, headers[-1], size)
     return list(_group(path, headers))
 
 
@@ -154,8 +154,17 @@ def _check_member(path: Path, header: tarfile.TarInfo) -> Member:
     return Member(header.name, header.offset_data, header.size)
 
 
-def _check_end(path: Path, last: Member, size: int) -> None:
-    """After the last member that tarfile found, exactly the two or more zero blocks of an intact tar must follow."""
+def check_end(path: Path, last: Member, size: int) -> None:
+    """Check that after the last member that tarfile found exactly the zero blocks of an intact tar follow, two or more.
+
+    Args:
+        path: of the tar.
+        last: its last member.
+        size: of the file in bytes.
+
+    Raises:
+        ShardError: if the tar is cut or damaged there.
+    """
     end = last.offset + -(-last.size // _BLOCK) * _BLOCK
     if size - end < 2 * _BLOCK:
         raise ShardError(f"shard {path} is cut: it ends without an end-of-archive marker after member {last.name!r}")

@@ -146,7 +146,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._abandon_shard()
+            self.abandon()
 
     def write(self, sample: PreferenceSample, image: bytes | None = None, retrieved: bytes | None = None) -> None:
         """Add one sample.
@@ -232,7 +232,8 @@ class ShardWriter:
         self._temporary.replace(self.folder / info.name)
         self._shards.append(info)
 
-    def _abandon_shard(self) -> None:
+    def abandon(self) -> None:
+        """Drop the shard that is being written; those that are finished stay, without an index."""
         if self._file is not None:
             try:
                 self._tar.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from realign_lightning.backbones.files import write_json
+from realign_lightning.backbones.files import hash_json, write_json
 from realign_lightning.journal import JournalWriter, Line, damaged, read_journal
 from realign_lightning.types import VIEWS, ViewName
 
@@ -55,7 +54,7 @@ class ReferenceCache:
 
     def __init__(self, root: Path, fingerprint: Mapping[str, str]) -> None:
         self.fingerprint = dict(fingerprint)
-        self.folder = root / _digest(self.fingerprint)[:16]
+        self.folder = root / hash_json(self.fingerprint)[:16]
         self.entries: dict[str, Entry] = {}
         self._writer = JournalWriter(self.folder)
         if self.folder.is_dir():
@@ -112,7 +111,7 @@ def nearest_fingerprint(root: Path, fingerprint: Mapping[str, str]) -> Mapping[s
     Returns:
         A fingerprint; None if there is no cache at all, or the one that is looked for.
     """
-    if (root / _digest(fingerprint)[:16] / FINGERPRINT).is_file():
+    if (root / hash_json(dict(fingerprint))[:16] / FINGERPRINT).is_file():
         return None
     found = []
     for path in sorted(root.glob(f"[!.]*/{FINGERPRINT}")):
@@ -144,10 +143,6 @@ def describe_changes(made_with: Mapping[str, str], now: Mapping[str, str]) -> st
 
 _SHOWN = 60
 """Longest value that messages show; hashes and templates are longer."""
-
-
-def _digest(fingerprint: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def _changed(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

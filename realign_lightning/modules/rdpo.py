@@ -225,8 +225,8 @@ class RDPOModule(pl.LightningModule):
         # Models come from disk in eval mode, and the Trainer leaves them in the mode that they are in.
         self._policy = policy.train(self.training)
         # Seen now, before anybody freezes what was trained.
-        self._image_path_was_trained = not self.image_path_is_frozen
-        self._trained_at_first = {name for name, value in policy.named_parameters() if value.requires_grad}
+        self._image_path_was_trained = self._trains_images()
+        self._trained_at_first = self._trained_names()
 
     def _compile(self, policy: nn.Module) -> None:
         """Compile block by block: they are alike, so that one is compiled and all run it."""
@@ -306,10 +306,11 @@ class RDPOModule(pl.LightningModule):
         What was once found trainable counts as trained. Freezing it later, as ``LightningModule.freeze`` does, does not
         bring the reference's weights back.
         """
-        if not self._image_path_was_trained:
-            images = self.backbone.image_parameters(self.policy)
-            self._image_path_was_trained = any(parameter.requires_grad for parameter in images)
+        self._image_path_was_trained = self._image_path_was_trained or self._trains_images()
         return not self._image_path_was_trained
+
+    def _trains_images(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.backbone.image_parameters(self.policy))
 
     # ---- the cache of the reference's log-probs
 
@@ -473,8 +474,7 @@ class RDPOModule(pl.LightningModule):
         """
         if not isinstance(self.reference, AdapterOff):
             return
-        trained = {name for name, value in self.policy.named_parameters() if value.requires_grad}
-        thawed = sorted(trained - self._trained_at_first)
+        thawed = sorted(self._trained_names() - self._trained_at_first)
         if thawed:
             raise ValueError(
                 f"{len(thawed)} weights are trained that were frozen at first ({thawed[0]}, ...), and the reference is "

@@ -168,7 +168,7 @@ class Gate:
         self.scope: Scope = scope
         self.refusals = list(refusals)
         self.refuse_true = refuse_true
-        self._declines = re.compile("|".join(self.refusals) or r"(?!)")
+        self._refusal = re.compile("|".join(self.refusals) or r"(?!)")
 
     def obvious(
         self, masked: MaskedResponse, completion: str, mask_token: str, objects: Sequence[str] | None
@@ -183,20 +183,21 @@ class Gate:
         """
         if not completion.strip():
             return "empty"
-        try:
-            check_response(completion, "rejected")
-        except SampleError:
+        if not is_writable(completion):
             return "unwritable"
         if normalise(completion) == normalise(masked.response):
             return "unchanged"
-        if mask_token.strip() and mask_token.strip() in completion and mask_token.strip() not in masked.response:
+        mask = mask_token.strip()
+        if mask and mask in completion and mask not in masked.response:
             return "still masked"
-        plain = completion.lower().replace("\u2019", "'")
-        if self._declines.search(plain) and not self._declines.search(masked.response.lower().replace("\u2019", "'")):
+        if self._declines(completion) and not self._declines(masked.response):
             return "refusal"
         if self.refuse_true and objects is not None and _is_true(masked.response, completion, objects):
             return "true of the image"
         return None
+
+    def _declines(self, text: str) -> bool:
+        return self._refusal.search(text.lower().replace("\u2019", "'")) is not None
 
     def pairs(self, masked: MaskedResponse, completion: str) -> list[tuple[str, str]]:
         """Texts of the chosen response and of the completion that are to be compared.
@@ -224,6 +225,19 @@ class Gate:
         """
         lowest = min(similarities, default=1.0)
         return Verdict(None if lowest < self.tau else "too similar", lowest)
+
+
+def is_writable(completion: str) -> bool:
+    """Whether shards can hold a completion: models can give nothing, or characters that no JSON text may hold.
+
+    Args:
+        completion: what a model wrote.
+    """
+    try:
+        check_response(completion, "rejected")
+    except SampleError:
+        return False
+    return True
 
 
 def normalise(text: str) -> str:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.schema import check_picture, check_response, check_source
+from realign_lightning.data.schema import check_picture, check_source
 from realign_lightning.data.shards import ShardWriter, refuse_existing
-from realign_lightning.preferences.accept import Similarity, WordOverlap
+from realign_lightning.preferences.accept import Similarity, WordOverlap, is_writable
 from realign_lightning.preferences.induce import Inducer, InductionRequest
 from realign_lightning.preferences.mask import MaskedResponse, Masker
 from realign_lightning.preferences.retrieve import ImageIndex, Neighbour, embed_images
@@ -219,7 +219,7 @@ class PreferenceBuilder:
         for item, completion, similarity in zip(pending, completions, similarities, strict=True):
             source, neighbour = item.source, item.neighbours[rank]
             differs = completion.strip() != source.chosen.strip() and similarity < self.tau
-            if differs and _is_writable(completion):
+            if differs and is_writable(completion):
                 accepted[source.key] = PreferenceSample(
                     key=source.key,
                     image=images[source.image_id],
@@ -255,15 +255,6 @@ def _is_storable(image_id: str, image: Image.Image) -> bool:
         check_picture(image)
     except SampleError as error:
         log.warning("image left out of retrieval: %s (%s)", image_id, error)
-        return False
-    return True
-
-
-def _is_writable(completion: str) -> bool:
-    """Models can give nothing, or characters that no JSON text may hold."""
-    try:
-        check_response(completion, "rejected")
-    except SampleError:
         return False
     return True
 

@@ -20,10 +20,8 @@ FREEFORM_INSTRUCTION = (
     "Here is an answer to the question about this image: {prompt}\n{masked}\n"
     "Replace every {mask} by what you see in the image and write out the completed answer, nothing else."
 )
-"""Asks a general VLM for the completed response; the paper prints no wording of its own."""
-
-FORCED_INSTRUCTION = FREEFORM_INSTRUCTION
-"""Asks for the same where the engine is held to the unmasked words anyway."""
+"""Asks a general VLM for the completed response, or one that is held to the unmasked words anyway; the paper prints no
+wording of its own."""
 
 LIST_INSTRUCTION = (
     "Here is an answer to the question about this image, with numbered blanks: {prompt}\n{masked}\n"
@@ -98,9 +96,7 @@ class Completer:
 
     @property
     def _default_instruction(self) -> str:
-        if self.mode == "freeform":
-            return FREEFORM_INSTRUCTION
-        return LIST_INSTRUCTION if self._lists else FORCED_INSTRUCTION
+        return LIST_INSTRUCTION if self._lists else FREEFORM_INSTRUCTION
 
     @property
     def identity(self) -> Mapping[str, Any]:

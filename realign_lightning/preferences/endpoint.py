@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from realign_lightning.preferences.engine import Answer, Engine, Question
+from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
 from realign_lightning.types import Prompt
 
 
@@ -56,11 +56,9 @@ class EndpointEngine(Engine):
         image_format: str = "jpeg",
         options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("timeout", timeout)):
-            if not value > 0:
-                raise ValueError(f"Expected `{name}` to be above 0, got {value}.")
-        if requests_per_minute is not None and not requests_per_minute > 0:
-            raise ValueError(f"Expected `requests_per_minute` to be above 0, got {requests_per_minute}.")
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, timeout=timeout)
+        if requests_per_minute is not None:
+            check_positive(requests_per_minute=requests_per_minute)
         if image_format not in ("jpeg", "png"):
             raise ValueError(f"Expected `image_format` to be 'jpeg' or 'png', got {image_format!r}.")
         self.model = model

@@ -97,3 +97,17 @@ class Engine(ABC):
         Args:
             questions: up to ``batch_size`` of them.
         """
+
+
+def check_positive(**settings: float) -> None:
+    """Refuse settings of an engine that are not above 0.
+
+    Args:
+        **settings: numbers by name.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in settings.items():
+        if not value > 0:
+            raise ValueError(f"Expected `{name}` to be above 0, got {value}.")

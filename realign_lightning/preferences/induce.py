@@ -13,15 +13,13 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from realign_lightning.backbones.base import Backbone
+from realign_lightning.preferences import completing
 from realign_lightning.preferences.infill import ForcedInfill, ListedInfill
 from realign_lightning.preferences.mask import MaskedResponse
 from realign_lightning.types import Prompt
 
-FREEFORM_INSTRUCTION = (
-    "Here is an answer to the question about this image: {prompt}\n{masked}\n"
-    "Replace every [MASK] by what you see in the image and write out the completed answer, nothing else."
-)
-"""Asks a general VLM for the completed response; the paper prints no wording of its own."""
+FREEFORM_INSTRUCTION = completing.FREEFORM_INSTRUCTION.replace("{mask}", "[MASK]")
+"""Asks a general VLM for the completed response."""
 
 
 class InductionRequest(NamedTuple):

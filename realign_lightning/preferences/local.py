@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from realign_lightning.backbones.base import Backbone, GeneratedRow
-from realign_lightning.backbones.files import FileHasher
-from realign_lightning.preferences.engine import Answer, Engine, Form, Question
+from realign_lightning.data.shards import file_sha256
+from realign_lightning.preferences.engine import Answer, Engine, Form, Question, check_positive
 from realign_lightning.preferences.infill import ForcedInfill, FreeInfill, InfillRow, ListedInfill, SeededDraw
 from realign_lightning.types import SampleError
 
@@ -44,10 +44,7 @@ class LocalEngine(Engine):
         sample: bool = False,
         temperature: float = 1.0,
     ) -> None:
-        sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        for name, value in sizes.items():
-            if not value > 0:
-                raise ValueError(f"Expected `{name}` to be above 0, got {value}.")
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature)
         self.backbone = backbone
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
@@ -83,7 +80,7 @@ class LocalEngine(Engine):
     def identity(self) -> Mapping[str, Any]:
         """The checkpoint (by content), its processor and template, and how answers are drawn."""
         if self._fingerprint is None:
-            found = self._family.fingerprint(FileHasher())
+            found = self._family.fingerprint(file_sha256)
             self._fingerprint = {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
         drawn = {"temperature": self.temperature} if self.sample else {}
         return {"engine": "local", **self._fingerprint, "sample": self.sample, **drawn, "longest": self.max_new_tokens}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from realign_lightning.backbones.files import hash_json, write_json
 from realign_lightning.journal import JournalError, JournalWriter, read_journal
 
 _IDENTITY = "identity.json"
@@ -23,7 +21,7 @@ def content_key(*parts: Any) -> str:
     >>> content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1}) != content_key({"a": 1})
     True
     """
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hash_json(parts)
 
 
 class Memo:
@@ -90,6 +88,4 @@ class Memo:
     def _describe(self) -> None:
         """For people who look into the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{_IDENTITY}-{uuid.uuid4().hex}"
-        partial.write_text(json.dumps(self._identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(self.folder / _IDENTITY)
+        write_json(self.folder / _IDENTITY, self._identity, sort_keys=True)

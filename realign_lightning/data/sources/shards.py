@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from realign_lightning.data.scan import Member, ShardError, StoredSample, _check_end, find_shards, scan_shard
+from realign_lightning.data.scan import Member, ShardError, StoredSample, check_end, find_shards, scan_shard
 from realign_lightning.data.schema import JSON_PART, load_json, split_member_name
 from realign_lightning.data.shards import INDEX_NAME, ShardInfo, check_shard, read_index
 from realign_lightning.data.sources.base import ImageFile, Source, SourceProblem, SourceRecord
@@ -159,7 +159,7 @@ def _scan_other(shard: Path) -> list[StoredSample]:
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"shard {shard} is damaged ({error}); write or copy it again") from error
     last = headers[-1]
-    _check_end(shard, Member(last.name, last.offset_data, last.size), shard.stat().st_size)
+    check_end(shard, Member(last.name, last.offset_data, last.size), shard.stat().st_size)
     for header in headers:
         folder, slash, name = header.name.rpartition("/")
         stem, _, ending = name.partition(".")

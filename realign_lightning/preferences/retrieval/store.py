@@ -17,8 +17,10 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from realign_lightning.backbones.files import hash_json, write_json
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile, SourceProblem
+from realign_lightning.journal import write_all
 from realign_lightning.preferences.near_duplicates import PERCEPTUAL_HASH, perceptual_hash
 from realign_lightning.preferences.retrieval.encoders import ImageEncoder
 from realign_lightning.types import SampleError
@@ -73,8 +75,7 @@ class EmbeddingStore:
 
     def __init__(self, root: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
         self.identity = {"schema": SCHEMA, "perceptual_hash": dict(PERCEPTUAL_HASH), "encoder": dict(identity)}
-        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
-        self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = Path(root) / hash_json(self.identity)[:16]
         self.dimension: int | None = None
         self._rank = rank
         self._file: IO[bytes] | None = None
@@ -128,7 +129,7 @@ class EmbeddingStore:
             name = f"rank-{self._rank}-{uuid.uuid4().hex[:12]}.vectors"
             self._file = (self.folder / name).open("xb", buffering=0)
         try:
-            _write_all(self._file, records.tobytes())
+            write_all(self._file, records.tobytes())
         except OSError:
             # What was cut must stay the end of its file.
             self._file.close()
@@ -149,10 +150,7 @@ class EmbeddingStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / STORE_NAME
             if not path.is_file():
-                text = json.dumps({"dimension": found, **self.identity}, indent=2, sort_keys=True)
-                beside = path.with_name(f".{STORE_NAME}-{uuid.uuid4().hex}")
-                beside.write_text(text + "\n", encoding="utf-8")
-                beside.replace(path)
+                write_json(path, {"dimension": found, **self.identity}, sort_keys=True)
             self.dimension = self._read_dimension()
         if self.dimension != found:
             raise ValueError(
@@ -469,10 +467,3 @@ def _record(dimension: int) -> np.dtype[Any]:
 
 def _digests(contents: Sequence[str]) -> npt.NDArray[np.bytes_]:
     return np.array([bytes.fromhex(content) for content in contents], dtype=_DIGEST)
-
-
-def _write_all(file: IO[bytes], data: bytes) -> None:
-    """Unbuffered files may take a part only; on a full disk the next call says so."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
