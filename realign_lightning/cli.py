@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from realign_lightning.estimate import Job
 
 COMMANDS = {
+    "build": (
+        "realign_lightning.preferences.command",
+        "build dual-preference pairs from answers about images: mask, retrieve, induce, accept",
+    ),
     "convert": (
         "realign_lightning.data.convert",
         "turn pairs of any layout into shards, and shards into what other libraries read",

@@ -739,7 +739,10 @@ class AutoBackbone(Backbone):
         device = next(model.parameters()).device
         inputs = [self.processor.image_processor(images=[image], return_tensors="pt") for image in images]
         joined = {name: value.to(device) for name, value in self._stack_images(inputs).items()}
-        with torch.inference_mode():
+        # Not inference_mode: weights that FSDP gathers in it could not be used outside of it.
+        with torch.no_grad():
+            if len(inputs) == 1:
+                return F.normalize(self._mean_feature(model, joined)[None], dim=-1).cpu()
             hidden = self._vision(model, joined).last_hidden_state
             if hidden.ndim == 3 and len(hidden) == len(images):
                 means = hidden.float().mean(dim=1)

@@ -24,6 +24,7 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
+from realign_lightning.data.publish import check_target, publish_folder, publish_problems, staging_folder
 from realign_lightning.data.schema import (
     check_response,
     check_source,
@@ -124,16 +125,16 @@ def convert(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     target = Path(folder).absolute()
-    _check_target(target, overwrite)
-    staging = target.parent / f".{target.name}.partial"
+    check_target(target, overwrite, _OURS)
+    staging = staging_folder(target)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         with (target.parent / f".{target.name}.problems.partial").open("w", encoding="utf-8") as problems:
             report = _write(source, FORMATS[to](staging), problems, limit)
-        _publish_problems(target, Path(problems.name), report)
+        report.problems = publish_problems(target, Path(problems.name))
         if report.pairs:
-            _publish(staging, target)
+            publish_folder(staging, target)
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, f"{error.strerror or error}; {target} was not written") from error
@@ -173,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="realign-lightning convert",
         description="Turn preference pairs of any layout into shards, and shards into what other libraries read. Rows "
-        "that lack a rejected answer or image are left out and counted; `preferences.PreferenceBuilder` makes those.",
+        "that lack a rejected answer or image are left out and counted; `realign-lightning build` makes these.",
         allow_abbrev=False,
     )
     parser.add_argument("input", metavar="IN", help="file, folder or pattern")
@@ -226,7 +227,7 @@ def _write(source: Source, writer: PairWriter, problems: IO[str], limit: int | N
                 else:
                     report.pairs += 1
                     continue
-            left_out[_kind(problem.reason)] += 1
+            left_out[problem.kind] += 1
             problems.write(json.dumps(asdict(problem)) + "\n")
         if report.pairs:
             writer.close()
@@ -266,11 +267,6 @@ def make_pair(record: SourceRecord, needs_retrieved: bool = True) -> Pair:
         retrieved,
         {**provenance, **record.facts},
     )
-
-
-def _kind(reason: str) -> str:
-    """A reason without what differs from row to row: quoted words, paths and numbers."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|(?<!\w)/\S+|\d+", "...", reason)
 
 
 # ---- formats
@@ -525,6 +521,9 @@ class _MsSwift(PairWriter):
         return path
 
 
+_OURS = re.compile(r"index\.json|shard-\d{6}\.tar|train-\d{6}\.tar|train-\d{5}\.parquet|train\.jsonl|images")
+"""What conversions write."""
+
 FORMATS: dict[str, Callable[[Path], PairWriter]] = {
     "shards": _Shards,
     "webdataset": _WebDataset,
@@ -559,42 +558,3 @@ def _chat_type() -> Any:
 def _features(**features: Any) -> dict[str, str]:
     """What Hugging Face datasets reads out of a schema; columns that are not named are taken as they are."""
     return {"huggingface": json.dumps({"info": {"features": features}})}
-
-
-# ---- the output's place
-
-
-_OURS = re.compile(r"index\.json|shard-\d{6}\.tar|train-\d{6}\.tar|train-\d{5}\.parquet|train\.jsonl|images")
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; give a folder")
-    names = sorted(path.name for path in target.iterdir())
-    foreign = [name for name in names if not _OURS.fullmatch(name)]
-    if foreign:
-        raise FileExistsError(f"{target} holds {foreign[0]}, which no conversion writes; give another folder")
-    if names and not overwrite:
-        raise FileExistsError(f"{target} already holds {names[0]}; pass --overwrite, or give another folder")
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Put the finished folder in its place; the one that it replaces goes last."""
-    replaced = target.parent / f".{target.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    staging.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _publish_problems(target: Path, written: Path, report: ConversionReport) -> None:
-    problems = target.parent / f"{target.name}.problems.jsonl"
-    if report.left_out:
-        written.replace(problems)
-        report.problems = str(problems)
-    else:
-        # An earlier run's would be taken for this one's.
-        problems.unlink(missing_ok=True)

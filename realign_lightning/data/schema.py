@@ -194,14 +194,27 @@ def check_source(key: str, prompt: Prompt, chosen: str, image: Image.Image) -> N
     Raises:
         SampleError: if no sample with these could be written.
     """
+    check_prompt(key, prompt)
+    check_response(chosen, "chosen")
+    check_picture(image)
+
+
+def check_prompt(key: str, prompt: Prompt) -> None:
+    """Check that a sample with this key and prompt can be stored in a shard.
+
+    Args:
+        key: the sample's key.
+        prompt: the prompt.
+
+    Raises:
+        SampleError: if none could.
+    """
     try:
         split_member_name(f"{key}.{JSON_PART}")
     except ValueError as error:
         raise SampleError(str(error)) from error
     _check_prompt(prompt)
     _check_plain(prompt, "prompt")
-    check_response(chosen, "chosen")
-    check_picture(image)
 
 
 def check_response(response: str, name: str) -> None:

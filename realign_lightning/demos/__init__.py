@@ -3,5 +3,15 @@
 from realign_lightning.demos.policy import POLICY_FOLDER
 from realign_lightning.demos.quickstart import DigitBackbone, DigitCHAIR, DigitPairs, DigitPOPE
 from realign_lightning.demos.scenes import DigitWorld, Scene
+from realign_lightning.demos.source import DigitScenes
 
-__all__ = ["POLICY_FOLDER", "DigitBackbone", "DigitCHAIR", "DigitPOPE", "DigitPairs", "DigitWorld", "Scene"]
+__all__ = [
+    "POLICY_FOLDER",
+    "DigitBackbone",
+    "DigitCHAIR",
+    "DigitPOPE",
+    "DigitPairs",
+    "DigitScenes",
+    "DigitWorld",
+    "Scene",
+]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
-
-from torch import nn
 
 from realign_lightning.backbones import AutoBackbone, Backbone
 from realign_lightning.callbacks.evaluation import Benchmark, Question
@@ -23,16 +21,24 @@ from realign_lightning.demos.scenes import (
     DigitWorld,
     Scene,
     Split,
-    absent,
-    answer,
     caption,
     fill_prompt,
     objects,
     question,
 )
+from realign_lightning.demos.source import DigitScenes
 from realign_lightning.metrics import CHAIR, POPE, Lexicon, pope_questions
 from realign_lightning.metrics.functional.pope import PopeKind
-from realign_lightning.preferences import Inducer, LexiconMasker, PreferenceBuilder, SourceSample
+from realign_lightning.preferences import (
+    Completer,
+    Gate,
+    LexiconMasker,
+    LocalEngine,
+    Policy,
+    PreferenceBuilder,
+    Retriever,
+    WordOverlap,
+)
 from realign_lightning.types import PreferenceSample
 
 log = logging.getLogger(__name__)
@@ -124,9 +130,9 @@ class DigitPairs(ShardBuilder):
                     f"{folder} holds shards that this builder did not make, or did not finish. To train on your own, "
                     "leave the builder out (--data.builder null); to build here, give another folder or delete it."
                 )
-        model = backbone.load_model()
+        policy = Policy(backbone)
         for folder, split, count in stale:
-            self._build_split(backbone, model, folder, split, count, facts[folder])
+            self._build_split(policy, folder, split, count, facts[folder])
         if self.picture is not None:
             path = Path(train).parent / self.picture
             draw_pairs(ShardDataset(train, backbone).first(4)).save(path)
@@ -137,41 +143,43 @@ class DigitPairs(ShardBuilder):
         settings = {name: getattr(self, name) for name in ("skew", "mask_probability", "tau", "top_k", "seed")}
         return {"world": _WORLD, "split": split, "scenes": count, **_policy_facts(backbone), **settings}
 
-    def _build_split(
-        self, backbone: Backbone, model: nn.Module, folder: str, split: Split, count: int, facts: dict[str, Any]
-    ) -> None:
-        # Far from the scenes that the policy was taught with.
-        scenes = DigitWorld(split, self.skew, seed=50_000 + self.seed).scenes(count)
-        names = [f"scene{number:05d}" for number in range(count)]
-        samples = [
-            sample for name, scene in zip(names, scenes, strict=True) for sample in _sources(name, scene, self.seed)
-        ]
-        images = {name: scene.image for name, scene in zip(names, scenes, strict=True)}
-        builder = PreferenceBuilder(
-            LexiconMasker(DIGITS, self.mask_probability, otherwise="whole", seed=self.seed),
-            Inducer(
-                "infill",
-                instruction=fill_prompt("{masked}"),
-                fillers=DIGITS,
-                sample=True,
-                max_new_tokens=48,
-                batch_size=128,
-                seed=self.seed,
-            ),
-            tau=self.tau,
-            top_k=self.top_k,
-        )
+    def _build_split(self, policy: Policy, folder: str, split: Split, count: int, facts: dict[str, Any]) -> None:
         log.info("Building %s pairs from %d scenes into %s.", split, count, folder)
         ours = _built_with(folder) is not None
-        report = builder.build(backbone, model, samples, images, folder, facts, overwrite=ours)
-        log.info("%s", report)
+        source = DigitScenes(count, split, self.skew, self.seed)
+        report = digit_builder(self.mask_probability, self.tau, self.top_k, self.seed).build(
+            source, folder, policy, title="Digit scenes", settings=facts, overwrite=ours
+        )
+        if not report.pairs:
+            raise ValueError(f"No pair came out, nothing was written to {folder}: {report.left_out}. Raise `tau`.")
+        log.info("%s", report.as_text())
 
 
-def _sources(name: str, scene: Scene, seed: int) -> Iterator[SourceSample]:
-    yield SourceSample(f"{name}-caption", name, DESCRIBE, caption(scene))
-    generator = random.Random(f"{seed}:{name}")
-    digit = generator.choice(objects(scene) if generator.random() < 0.5 else absent(scene))
-    yield SourceSample(f"{name}-question", name, question(digit), answer(scene, digit))
+def digit_builder(
+    mask_probability: float = 0.5, tau: float = 0.95, top_k: int = 10, seed: int = 0
+) -> PreferenceBuilder:
+    """What builds pairs of digit scenes: digit words are masked, and filled with digit words.
+
+    Answers to questions, which hold none, are masked as a whole and asked for again.
+
+    Args:
+        mask_probability: share of digit words that are masked.
+        tau: completions at least this similar to the truth, in words, are tried on the next image.
+        top_k: retrieved images per scene.
+        seed: of masks and sampling.
+    """
+    return PreferenceBuilder(
+        LexiconMasker(DIGITS, mask_probability, otherwise="whole", seed=seed),
+        Retriever(top_k=top_k),
+        Completer(
+            "infill",
+            LocalEngine(batch_size=128, max_new_tokens=48, sample=True),
+            instruction=fill_prompt("{masked}"),
+            fillers=DIGITS,
+        ),
+        Gate(WordOverlap(), tau),
+        seed=seed,
+    )
 
 
 def _built_with(folder: str) -> dict[str, Any] | None:

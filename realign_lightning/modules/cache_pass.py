@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from realign_lightning.modules.cache import Entry, ReferenceCache
-from realign_lightning.modules.ranks import gather, rank_and_world_size, sum_over_ranks
+from realign_lightning.ranks import gather, rank_and_world_size, sum_over_ranks
 from realign_lightning.types import LogProbs, PreferenceBatch
 
 log = logging.getLogger(__name__)

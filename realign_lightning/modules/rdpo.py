@@ -39,10 +39,10 @@ from realign_lightning.modules.cache import (
 from realign_lightning.modules.cache_pass import CachePass
 from realign_lightning.modules.card import write_card
 from realign_lightning.modules.hparams import component_spec
-from realign_lightning.modules.ranks import gather, rank_and_world_size, sum_over_ranks
 from realign_lightning.modules.reference import AdapterOff, CachedReference, Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
 from realign_lightning.modules.strategy import FSDP2Strategy, check_shapes
+from realign_lightning.ranks import gather, rank_and_world_size, sum_over_ranks
 from realign_lightning.scoring import (
     Rows,
     SharePrefix,

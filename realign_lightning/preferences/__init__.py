@@ -1,10 +1,11 @@
 """Dual-preference data from good answers: mask, retrieve, induce, accept."""
 
 from realign_lightning.preferences.accept import Gate, SentenceSimilarity, Similarity, Verdict, WordOverlap
-from realign_lightning.preferences.build import BuildReport, PreferenceBuilder, SourceSample
+from realign_lightning.preferences.asking import AnswerBook, EngineError
+from realign_lightning.preferences.build import PreferenceBuilder
+from realign_lightning.preferences.completing import Completer, Completion
 from realign_lightning.preferences.endpoint import EndpointEngine
 from realign_lightning.preferences.engine import Answer, Engine, Form, Question
-from realign_lightning.preferences.induce import Inducer, InductionRequest
 from realign_lightning.preferences.local import LocalEngine
 from realign_lightning.preferences.mask import (
     KINDS,
@@ -22,6 +23,8 @@ from realign_lightning.preferences.mask import (
 )
 from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.near_duplicates import Band, are_near_duplicates, calibrate_band, perceptual_hash
+from realign_lightning.preferences.pipeline.report import BuildReport
+from realign_lightning.preferences.policy import Policy
 from realign_lightning.preferences.retrieve import (
     IVFPQ,
     EmbeddingStore,
@@ -35,6 +38,9 @@ from realign_lightning.preferences.retrieve import (
     embed_images,
     embed_missing,
 )
+from realign_lightning.preferences.text import TextEngine
+from realign_lightning.preferences.trials import Attempt, Candidate, Outcome, Trial, Trials
+from realign_lightning.preferences.vllm import VLLMEngine
 
 __all__ = [
     "IVFPQ",
@@ -42,17 +48,21 @@ __all__ = [
     "LIST_INSTRUCTION",
     "MASK_INSTRUCTION",
     "Answer",
+    "AnswerBook",
+    "Attempt",
     "Band",
     "BuildReport",
+    "Candidate",
+    "Completer",
+    "Completion",
     "EmbeddingStore",
     "EndpointEngine",
     "Engine",
+    "EngineError",
     "Form",
     "Gate",
     "ImageEncoder",
     "ImageIndex",
-    "Inducer",
-    "InductionRequest",
     "LLMMasker",
     "LexiconMasker",
     "LocalEngine",
@@ -61,16 +71,21 @@ __all__ = [
     "Masker",
     "Memo",
     "Neighbour",
+    "Outcome",
+    "Policy",
     "PolicyEncoder",
     "PreferenceBuilder",
     "Question",
     "Retriever",
     "SentenceSimilarity",
     "Similarity",
-    "SourceSample",
     "Span",
     "SpanMasker",
+    "TextEngine",
     "TimmEncoder",
+    "Trial",
+    "Trials",
+    "VLLMEngine",
     "Verdict",
     "WordOverlap",
     "are_near_duplicates",

@@ -142,7 +142,7 @@ class Gate:
     ``sentence`` and ``span`` compare only what differs: one sentence, or one span, below ``tau`` is enough.
 
     Args:
-        similarity: compares texts; None is :class:`WordOverlap`. The paper uses :class:`SentenceSimilarity`.
+        similarity: compares texts; None is :class:`SentenceSimilarity`, the paper's, which needs the ``build`` extra.
         tau: completions at least this similar are refused.
         scope: what is compared, see above.
         refusals: regular expressions of answers that decline to answer.
@@ -163,12 +163,18 @@ class Gate:
     ) -> None:
         if scope not in get_args(Scope):
             raise ValueError(f"Expected `scope` to be one of {get_args(Scope)}, got {scope!r}.")
-        self.similarity = WordOverlap() if similarity is None else similarity
+        self.similarity = SentenceSimilarity() if similarity is None else similarity
         self.tau = tau
         self.scope: Scope = scope
         self.refusals = list(refusals)
         self.refuse_true = refuse_true
         self._refusal = re.compile("|".join(self.refusals) or r"(?!)")
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """All that verdicts depend on beside the texts, in plain JSON values."""
+        settings = {"tau": self.tau, "scope": self.scope, "refuse_true": self.refuse_true, "refusals": self.refusals}
+        return {"similarity": dict(self.similarity.identity), **settings}
 
     def obvious(
         self, masked: MaskedResponse, completion: str, mask_token: str, objects: Sequence[str] | None
@@ -190,13 +196,18 @@ class Gate:
         mask = mask_token.strip()
         if mask and mask in completion and mask not in masked.response:
             return "still masked"
-        if self._declines(completion) and not self._declines(masked.response):
+        if self.declines(completion) and not self.declines(masked.response):
             return "refusal"
         if self.refuse_true and objects is not None and _is_true(masked.response, completion, objects):
             return "true of the image"
         return None
 
-    def _declines(self, text: str) -> bool:
+    def declines(self, text: str) -> bool:
+        """Whether a text declines to answer.
+
+        Args:
+            text: what a model wrote.
+        """
         return self._refusal.search(text.lower().replace("\u2019", "'")) is not None
 
     def pairs(self, masked: MaskedResponse, completion: str) -> list[tuple[str, str]]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from realign_lightning.preferences.chat_parts import chat_messages
 from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
-from realign_lightning.types import Prompt
+from realign_lightning.types import Prompt, SampleError
 
 
 class EndpointEngine(Engine):
@@ -112,6 +113,8 @@ class EndpointEngine(Engine):
             text = choice.message.content
         except errors as error:
             return Answer("", finished=False, error=f"{type(error).__name__}: {error}")
+        except SampleError as error:
+            return Answer("", finished=False, error=str(error))
         # What the client parses of a server that answers with anything else than a chat completion.
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             return Answer("", finished=False, error=f"the endpoint's reply is no chat completion: {error!r}")
@@ -120,18 +123,9 @@ class EndpointEngine(Engine):
         return Answer(text.strip(), choice.finish_reason != "length", None, *counts)
 
     def _messages(self, prompt: Prompt, image: Image.Image | None) -> list[dict[str, Any]]:
-        """The prompt as the endpoint takes it, the image where the prompt shows it, or before its first user's text."""
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-        messages = [{**turn, "content": _parts(turn["content"])} for turn in given]
-        if image is None:
-            return messages
-        shown = {"type": "image_url", "image_url": {"url": self._encode(image)}}
-        if not any(part["type"] == "image" for message in messages for part in message["content"]):
-            first = next(message for message in messages if message["role"] == "user")
-            first["content"].insert(0, {"type": "image"})
-        for message in messages:
-            message["content"] = [shown if part["type"] == "image" else part for part in message["content"]]
-        return messages
+        return chat_messages(
+            prompt, None if image is None else {"type": "image_url", "image_url": {"url": self._encode(image)}}
+        )
 
     def _encode(self, image: Image.Image) -> str:
         buffer = io.BytesIO()
@@ -152,10 +146,6 @@ class EndpointEngine(Engine):
                 max_retries=self.retries,
             )
         return self._client
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
 
 
 class _Pace:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from realign_lightning.preferences.policy import Policy
 from realign_lightning.types import Prompt
 
 
@@ -97,6 +98,16 @@ class Engine(ABC):
         Args:
             questions: up to ``batch_size`` of them.
         """
+
+    def use(self, policy: Policy) -> None:  # noqa: B027 - most engines have models of their own
+        """Take the policy that pairs are built for, if this engine has no model of its own.
+
+        Args:
+            policy: shared with other stages.
+        """
+
+    def finish(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Called by every rank of a run when it has no more questions of a stage."""
 
 
 def check_positive(**settings: float) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from realign_lightning.backbones.base import Backbone, GeneratedRow
-from realign_lightning.data.shards import file_sha256
 from realign_lightning.preferences.engine import Answer, Engine, Form, Question, check_positive
 from realign_lightning.preferences.infill import ForcedInfill, FreeInfill, InfillRow, ListedInfill, SeededDraw
+from realign_lightning.preferences.policy import Policy, best_device
 from realign_lightning.types import SampleError
-
-_NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes")
-"""Of a backbone's fingerprint, what changes the last bits of a log-prob, but is no other model."""
 
 
 class LocalEngine(Engine):
@@ -29,6 +27,7 @@ class LocalEngine(Engine):
         max_new_tokens: longest answer.
         sample: draw from the model's distribution instead of taking its best guess.
         temperature: of the drawing.
+        device: where a model of its own goes; None is a GPU where there is one.
 
     Raises:
         ValueError: for a size or temperature that is not positive.
@@ -43,6 +42,7 @@ class LocalEngine(Engine):
         max_new_tokens: int = 256,
         sample: bool = False,
         temperature: float = 1.0,
+        device: str | None = None,
     ) -> None:
         check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature)
         self.backbone = backbone
@@ -50,47 +50,57 @@ class LocalEngine(Engine):
         self.max_new_tokens = max_new_tokens
         self.sample = sample
         self.temperature = temperature
-        self._model: nn.Module | None = None
-        self._fingerprint: Mapping[str, str] | None = None
+        self._policy = None if backbone is None else Policy(backbone, device=best_device(device))
 
-    def use(self, backbone: Backbone, model: nn.Module | None = None) -> None:
+    def use(self, policy: Policy) -> None:
         """Take the policy, unless this engine has a model of its own.
 
         Args:
-            backbone: the policy's family.
-            model: its weights; None loads them when they are first needed.
+            policy: shared with other stages.
         """
-        if self.backbone is None or self.backbone is backbone:
-            self.backbone, self._model = backbone, model
+        if self.backbone is None:
+            self._policy = policy
 
     @property
     def model(self) -> nn.Module:
         """The model, loaded when first asked for."""
-        if self._model is None:
-            self._model = self._family.load_model()
-        return self._model
+        return self._given.model
+
+    @property
+    def _given(self) -> Policy:
+        if self._policy is None:
+            raise ValueError("LocalEngine has no model: give `backbone`, or call `use(policy)`.")
+        return self._policy
 
     @property
     def _family(self) -> Backbone:
-        if self.backbone is None:
-            raise ValueError("LocalEngine has no model: give `backbone`, or call `use(backbone)`.")
-        return self.backbone
+        return self._given.backbone
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """The checkpoint (by content), its processor and template, and how answers are drawn."""
-        if self._fingerprint is None:
-            found = self._family.fingerprint(file_sha256)
-            self._fingerprint = {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
         drawn = {"temperature": self.temperature} if self.sample else {}
-        return {"engine": "local", **self._fingerprint, "sample": self.sample, **drawn, "longest": self.max_new_tokens}
+        return {
+            "engine": "local",
+            **self._given.identity,
+            "sample": self.sample,
+            **drawn,
+            "longest": self.max_new_tokens,
+        }
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer all questions in one batch; those that the model cannot be asked get an error each."""
         errors = [self._error(question) for question in questions]
         asked = [question for question, error in zip(questions, errors, strict=True) if error is None]
+        if asked:
+            self._given.announce()
         answers = iter(self._answer(asked) if asked else [])
         return [next(answers) if error is None else Answer("", False, error) for error in errors]
+
+    def finish(self) -> None:
+        """Answer along with ranks that have questions left, where they hold shards of one model."""
+        if self._policy is not None:
+            self._policy.keep_up(lambda: self._answer([Question("?", Image.new("RGB", (64, 64)))]))
 
     def _error(self, question: Question) -> str | None:
         if question.image is None:
@@ -113,9 +123,12 @@ class LocalEngine(Engine):
         if self.sample:
             device = next(self.model.parameters()).device
             processors.append(SeededDraw([question.seed for question in questions], self.temperature, device))
+        # Ranks that hold shards of one model go on until the last of them has its answer.
+        together = {"synced_gpus": True} if self._given.is_sharded else {}
         rows = self._family.generate_tokens(
             self.model,
             inputs,
+            **together,
             max_new_tokens=self.max_new_tokens,
             logits_processor=LogitsProcessorList(processors),
         )

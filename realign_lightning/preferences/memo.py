@@ -8,6 +8,7 @@ from typing import Any
 
 from realign_lightning.backbones.files import hash_json, write_json
 from realign_lightning.journal import JournalError, JournalWriter, read_journal
+from realign_lightning.types import Prompt
 
 _IDENTITY = "identity.json"
 
@@ -22,6 +23,15 @@ def content_key(*parts: Any) -> str:
     True
     """
     return hash_json(parts)
+
+
+def prompt_value(prompt: Prompt) -> Any:
+    """A prompt as plain JSON values.
+
+    Args:
+        prompt: text or chat messages.
+    """
+    return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
 
 
 class Memo:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from PIL import Image
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile
 from realign_lightning.preferences.accept import Gate, Reason, Verdict
+from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.completing import Completer
 from realign_lightning.preferences.engine import Answer, Question
 from realign_lightning.preferences.mask import MaskedResponse
-from realign_lightning.preferences.memo import Memo, content_key
+from realign_lightning.preferences.memo import Memo, content_key, prompt_value
 from realign_lightning.types import Prompt, SampleError
 
 
@@ -138,16 +140,16 @@ class Trials:
         self.completer = completer
         self.gate = gate
         self.seed = seed
-        self.asked = 0
-        self._answers = answers
+        self.book = AnswerBook(completer.engine, answers)
         self._similarities = similarities
         self._room = batches * completer.engine.batch_size
 
-    def run(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
+    def run(self, trials: Iterable[Trial], on_done: Callable[[Outcome], object] | None = None) -> Iterator[Outcome]:
         """Try them all.
 
         Args:
             trials: taken as there is room for them.
+            on_done: called with every outcome as soon as it is known, in whatever order.
 
         Yields:
             What became of every trial, in their order.
@@ -156,12 +158,19 @@ class Trials:
         waiting: list[Outcome] = []
         while True:
             is_open = sum(outcome.is_open for outcome in waiting)
-            waiting += [Outcome(trial) for trial in islice(source, self._room - is_open)]
-            self._round([outcome for outcome in waiting if outcome.is_open])
+            taken = [Outcome(trial) for trial in islice(source, self._room - is_open)]
+            waiting += taken
+            tried = [outcome for outcome in waiting if outcome.is_open]
+            self._round(tried)
+            if on_done is not None:
+                for outcome in (*tried, *(one for one in taken if not one.trial.candidates)):
+                    if not outcome.is_open:
+                        on_done(outcome)
             done = next((place for place, outcome in enumerate(waiting) if outcome.is_open), len(waiting))
             yield from waiting[:done]
             waiting = waiting[done:]
             if not waiting and not done:
+                self.completer.engine.finish()
                 return
 
     def _round(self, outcomes: Sequence[Outcome]) -> None:
@@ -170,51 +179,34 @@ class Trials:
         # Questions of like length share a batch, so that little of it is padding.
         in_order = sorted(asked, key=lambda one: len(one.outcome.trial.masked.response))
         size = self.completer.engine.batch_size
-        failures: dict[str, Answer] = {}
+        failures: dict[str, str] = {}
         for start in range(0, len(in_order), size):
-            failures |= self._ask(in_order[start : start + size])
+            batch = in_order[start : start + size]
+            failures |= self.book.ask({one.key: partial(self._question, one) for one in batch})
         read = []
         for one in asked:
-            if (failure := failures.get(one.key)) is not None:
-                one.outcome.error = failure.error
+            if one.key in failures:
+                one.outcome.error = failures[one.key]
             else:
-                read.append((one.outcome, self._answer(one.key)))
+                read.append((one.outcome, self.book.answer(one.key)))
         self._judge(read)
 
     def _key(self, outcome: Outcome) -> str:
         trial = outcome.trial
-        prompt = trial.prompt if isinstance(trial.prompt, str) else [dict(turn) for turn in trial.prompt]
         spans = [[span.start, span.end] for span in trial.masked.spans]
-        return content_key(prompt, trial.masked.response, spans, outcome.candidate.content, self.seed)
+        return content_key(
+            prompt_value(trial.prompt), trial.masked.response, spans, outcome.candidate.content, self.seed
+        )
 
-    def _answer(self, key: str) -> Answer | None:
-        """None where the image could not be shown."""
-        text, finished = self._answers[key][:2] if key in self._answers else (None, False)
-        return None if text is None else Answer(text, finished)
-
-    def _ask(self, batch: Sequence[_Asked]) -> dict[str, Answer]:
-        """Ask what is not known yet; returns the answers with errors."""
-        missing = {one.key: one.outcome for one in batch if one.key not in self._answers}
-        questions = {key: question for key, outcome in missing.items() if (question := self._question(key, outcome))}
-        if not questions:
-            return {}
-        self.asked += len(questions)
-        answers = dict(zip(questions, self.completer.engine.answer(list(questions.values())), strict=True))
-        kept = {
-            key: [answer.text, answer.finished, answer.prompt_tokens, answer.new_tokens]
-            for key, answer in answers.items()
-            if answer.error is None
-        }
-        self._answers.add(kept)
-        return {key: answer for key, answer in answers.items() if answer.error is not None}
-
-    def _question(self, key: str, outcome: Outcome) -> Question | None:
+    def _question(self, one: _Asked) -> Question | None:
+        """None where the image cannot be shown."""
+        outcome = one.outcome
         try:
             image: Image.Image = decode_image(outcome.candidate.image.read())
         except SampleError:
             return None
         # The seed of the answer is that of its question, so that it is drawn alike in whatever batch.
-        return self.completer.question(outcome.trial.prompt, outcome.trial.masked, image, int(key[:15], 16))
+        return self.completer.question(outcome.trial.prompt, outcome.trial.masked, image, int(one.key[:15], 16))
 
     def _judge(self, answered: Sequence[tuple[Outcome, Answer | None]]) -> None:
         """Add an attempt to every record."""

@@ -315,7 +315,7 @@ class TestPlace:
     def test_nothing_foreign_is_ever_removed(self, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.pdf").touch()
-        with pytest.raises(FileExistsError, match=r"holds thesis\.pdf, which no conversion writes"):
+        with pytest.raises(FileExistsError, match=r"holds thesis\.pdf, which this command never writes"):
             convert(Listed(record()), "shards", tmp_path / "out", overwrite=True)
         with pytest.raises(FileExistsError, match="is a file"):
             convert(Listed(record()), "shards", tmp_path / "out" / "thesis.pdf", overwrite=True)

@@ -1,199 +1,527 @@
+"""The whole build: what becomes of every record, and that nothing is done twice."""
+
+import io
 import json
+import os
+import re
+import subprocess
 import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from realign_lightning.backbones import AutoBackbone
 from realign_lightning.data import ShardDataset
-from realign_lightning.preferences import (
-    Inducer,
-    LexiconMasker,
-    PreferenceBuilder,
-    SentenceSimilarity,
-    SourceSample,
-    WordOverlap,
+from realign_lightning.data.scan import scan_shard
+from realign_lightning.data.schema import decode_sample
+from realign_lightning.data.sources import ImageFile, SourceProblem
+from realign_lightning.journal import read_journal
+from realign_lightning.preferences import Answer, EngineError, Gate, Policy, WordOverlap
+from tests.preferences.building import (
+    Eyes,
+    Listed,
+    Pixels,
+    answer_of,
+    builder,
+    colour,
+    file_of,
+    number_of,
+    picture,
+    png,
+    record,
 )
-from tests.conftest import picture
 
-IMAGES = {f"image{number}": picture(number) for number in range(5)}
-SAMPLES = [
-    SourceSample(f"sample{number}", f"image{number}", "describe the image.", "a dog under the table.")
-    for number in range(4)
-]
+ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def backbone(tiny_llava):
-    return AutoBackbone(str(tiny_llava))
+def samples_of(folder: Path) -> dict:
+    found = {}
+    for shard in sorted(folder.glob("*.tar")):
+        for stored in scan_shard(shard):
+            sample = decode_sample(stored.read())
+            found[sample.key] = sample
+    return found
 
 
-@pytest.fixture(scope="module")
-def model(backbone):
-    return backbone.load_model()
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-class Scripted(Inducer):
-    """Gives each rank the answers of a script; keeps what it was asked."""
-
-    def __init__(self, *script: str) -> None:
-        super().__init__()
-        self.script, self.calls = list(script), []
-
-    def complete(self, backbone, model, requests, description="induce"):
-        self.calls.append(requests)
-        return [self.script[len(self.calls) - 1]] * len(requests)
+def problems_of(output: Path) -> dict[str, dict]:
+    lines = (output.parent / f"{output.name}.problems.jsonl").read_text().splitlines()
+    return {line["where"]: line for line in map(json.loads, lines)}
 
 
-def builder(inducer: Inducer, **settings) -> PreferenceBuilder:
-    return PreferenceBuilder(LexiconMasker(["dog", "table"]), inducer, **settings)
+def brute_force(numbers: list[int], query: int) -> list[int]:
+    """Images by cosine similarity to one of them, most similar first."""
+    vectors = Pixels().embed([picture(number) for number in numbers]).double()
+    scores = vectors @ vectors[numbers.index(query)]
+    return [numbers[place] for place in scores.argsort(descending=True).tolist() if numbers[place] != query]
 
 
-def test_ranks_are_tried_in_order_until_one_differs_enough(backbone, model):
-    """Rank 0 repeats the response (1 >= tau); rank 1 shares 3 of 7 words (0.43 < 0.95) and is taken."""
-    inducer = Scripted("a dog under the table.", "a bus under the laptop.", "never asked")
-    pairs, report = builder(inducer).pairs(backbone, model, SAMPLES, IMAGES)
-    assert len(inducer.calls) == 2
-    assert [pair.key for pair in pairs] == [sample.key for sample in SAMPLES]
-    for pair, at_rank_1 in zip(pairs, inducer.calls[1], strict=True):
-        assert pair.rejected == "a bus under the laptop."
-        assert pair.provenance["retrieval_rank"] == 1
-        assert pair.provenance["retrieved_id"] != pair.provenance["image_id"]
-        assert pair.retrieved is IMAGES[pair.provenance["retrieved_id"]] is at_rank_1.image
-        assert pair.image is IMAGES[pair.provenance["image_id"]]
-        assert pair.provenance["response_similarity"] == pytest.approx(3 / 7)
-        assert pair.provenance["masked"] == "a [MASK] under the [MASK]."
-    assert (report.pairs, report.exhausted, report.nothing_to_mask, report.mean_rank) == (4, 0, 0, 1.0)
+# ---- what comes out
 
 
-def test_tau_is_a_strict_bound(backbone, model):
-    """5 words each, 4 shared: 4 / 6."""
-    inducer = Scripted(*["a dog under the laptop."] * 3)
-    _, at_bound = builder(inducer, tau=4 / 6, top_k=3).pairs(backbone, model, SAMPLES, IMAGES)
-    _, above = builder(Scripted("a dog under the laptop."), tau=4 / 6 + 1e-9).pairs(backbone, model, SAMPLES, IMAGES)
-    assert (at_bound.pairs, at_bound.exhausted) == (0, 4)
-    assert above.pairs == 4
-    assert len(inducer.calls) == 3
+def test_images_are_tried_in_order_of_similarity_until_a_completion_is_accepted(tmp_path):
+    """The policy says what it sees: an image of the same colour gives the answer back, the first other one a pair."""
+    numbers = [*range(12), 12, 13, 24, 25]  # 12 and 24 have the colour of 0, 13 and 25 that of 1
+    output = tmp_path / "pairs"
+    report = builder(top_k=10).build(Listed(*map(record, numbers)), output)
+    made = samples_of(output)
+    for number in numbers:
+        order = brute_force(numbers, number)[:10]
+        rank = next(rank for rank, other in enumerate(order) if colour(other) != colour(number))
+        sample = made[f"record{number:03d}"]
+        assert sample.chosen == answer_of(number, number)
+        assert sample.rejected == answer_of(number, order[rank])
+        assert number_of(sample.image) == number
+        assert number_of(sample.retrieved) == order[rank]
+        told, start = sample.provenance, len(f"number {number} is ")
+        assert (told["retrieval_rank"], told["retrieved_id"]) == (rank, f"image{order[rank]:03d}")
+        assert told["response_similarity"] == pytest.approx(6 / 8, abs=1e-6)  # 7 words each, 6 shared
+        assert told["masked"] == f"number {number} is [MASK], says my eye."
+        assert told["spans"] == [{"start": start, "end": start + len(colour(number)), "kind": "object"}]
+        assert [one["retrieved_id"] for one in told["tried"]] == [f"image{other:03d}" for other in order[: rank + 1]]
+        assert [one["verdict"] for one in told["tried"]] == ["unchanged"] * rank + ["accepted"]
+        assert told["given"] == ["chosen"]
+    assert (report.records, report.pairs, report.left_out, report.faults) == (16, 16, {}, 0)
+    assert sum(report.tried_by_rank.values()) == report.calls["complete"]
+    assert report.acceptance == 16 / report.calls["complete"]
+    assert report.kinds == {"object": 16}
 
 
-def test_nothing_is_lost_without_a_count(backbone, model):
-    samples = [*SAMPLES, SourceSample("plain", "image4", "describe the image.", "nothing to see.")]
-    pairs, report = builder(Scripted(*["  "] * 10)).pairs(backbone, model, samples, IMAGES)
-    assert pairs == []
-    assert (report.nothing_to_mask, report.exhausted) == (1, 4)
+def test_what_a_record_has_is_kept_and_what_it_lacks_is_built(tmp_path):
+    """All eight cases of having a chosen answer, a rejected one and a rejected image."""
+    has = [(chosen, rejected, image) for chosen in (1, 0) for rejected in (1, 0) for image in (1, 0)]
+    rows = []
+    for number, (chosen, rejected, image) in enumerate(has):
+        changes = {} if chosen else {"chosen": None}
+        changes |= {"rejected": "it is a given colour."} if rejected else {}
+        changes |= {"retrieved": file_of(100 + number)} if image else {}
+        rows.append(record(number, **changes))
+    eyes, output = Eyes(), tmp_path / "pairs"
+    report = builder(eyes, responder=eyes).build(Listed(*rows), output)
+    made = samples_of(output)
+    assert list(made) == [row.key for row in rows]
+    for number, (row, (chosen, rejected, image)) in enumerate(zip(rows, has, strict=True)):
+        sample = made[row.key]
+        assert sample.chosen == answer_of(number, number), "given, or what is seen"
+        assert (sample.rejected == "it is a given colour.") == bool(rejected)
+        assert (number_of(sample.retrieved) == 100 + number) == bool(image)
+        names = ["chosen"] * chosen + ["rejected"] * rejected + ["retrieved"] * image
+        assert sample.provenance["given"] == names
+        assert ("retrieval_rank" in sample.provenance) == (not image)
+        assert ("spans" in sample.provenance) == (not rejected)
+        if not rejected:
+            assert sample.rejected == answer_of(number, number_of(sample.retrieved))
+    assert report.generated == 4
+    assert report.calls == {"answer": 4, "complete": len(eyes.asked) - 4}
+    assert all(number < 100 for number in (number_of(s.retrieved) for k, s in made.items() if k[-1] in "1357"))
 
 
-def test_what_no_shard_could_hold_is_left_out_before_any_work(backbone, model, caplog):
-    bad = [
-        SourceSample("photo.jpg-0", "image0", "describe the image.", "a dog."),
-        SourceSample("nul", "image0", "describe\0", "a dog."),
-        SourceSample("empty", "image0", "describe the image.", " "),
-        SourceSample("special", "image0", "describe the image.", "a dog </s> under the table."),
-        SourceSample("narrow", "narrow", "describe the image.", "a dog."),
+def test_image_files_pass_through_as_they_are(tmp_path):
+    photo = io.BytesIO()
+    turned = picture(1).convert("RGB")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(photo, "JPEG", quality=100, exif=exif)
+    cmyk = io.BytesIO()
+    picture(2).convert("CMYK").save(cmyk, "JPEG", quality=100)
+    rows = [
+        record(0, image=ImageFile("turned", data=photo.getvalue()), rejected="a"),
+        record(1, image=ImageFile("cmyk", data=cmyk.getvalue()), rejected="a"),
+        record(3, rejected="a"),
     ]
-    images = {**IMAGES, "narrow": Image.new("RGB", (2, 1000)), "deep": Image.new("I", (8, 8))}
-    inducer = Scripted("a cat.")
-    pairs, report = builder(inducer, top_k=10).pairs(backbone, model, [*bad, SAMPLES[0]], images)
-    assert [pair.key for pair in pairs] == ["sample0"]
-    assert [len(requests) for requests in inducer.calls] == [1]
-    assert (report.pairs, report.unusable, report.exhausted) == (1, 5, 0)
-    for key in ("photo.jpg-0", "nul", "empty", "special", "narrow"):
-        assert f"sample left out: {key} (" in caplog.text
-    for image_id in ("narrow", "deep"):
-        assert f"image left out of retrieval: {image_id} (" in caplog.text
-    exhausted = builder(Scripted(*["a dog under the table."] * 10))
-    exhausted.pairs(backbone, model, SAMPLES[:1], images)
-    assert len(exhausted.inducer.calls) == len(IMAGES) - 1, "neither bad image was retrieved"
+    report = builder().build(Listed(*rows), tmp_path / "pairs")
+    assert report.pairs == 3
+    members = {}
+    for stored in scan_shard(next((tmp_path / "pairs").glob("*.tar"))):
+        members |= stored.read()
+    assert members["record000.image.jpg"] == photo.getvalue()
+    assert members["record001.image.jpg"] == cmyk.getvalue()
+    assert samples_of(tmp_path / "pairs")["record000"].image.size == (32, 48), "as it is meant to be seen"
 
 
-def test_completions_that_no_shard_could_hold_are_tried_on_the_next_image(backbone, model):
-    pairs, _ = builder(Scripted("a \0 cat.", "a \ud800 cat.", "a cat.")).pairs(backbone, model, SAMPLES[:1], IMAGES)
-    assert (pairs[0].rejected, pairs[0].provenance["retrieval_rank"]) == ("a cat.", 2)
+def test_known_objects_and_scopes_reach_the_gate(tmp_path):
+    rows = [record(0, chosen="a cat sits on a sofa.", objects=("dog",)), record(1, chosen="a cat sits on a sofa.")]
+    eyes = Eyes(wrong=lambda number, prompt: Answer(prompt.replace("[MASK]", "dog")))
+    settings = {"masker": None, "gate": Gate(WordOverlap(), refuse_true=True, scope="span")}
+    report = builder(eyes, **settings).build(Listed(*rows, record(2), record(3)), tmp_path / "pairs")
+    made = samples_of(tmp_path / "pairs")
+    assert "record000" not in made
+    assert "record001" in made
+    assert made["record001"].provenance["compared"] == "span"
+    assert problems_of(tmp_path / "pairs")["record000"]["reason"] == "no completion accepted"
+    assert report.refused["true of the image"] >= 1
 
 
-def test_existing_shards_are_kept_unless_told(backbone, model, tmp_path):
-    builder(Scripted("a cat.")).build(backbone, model, SAMPLES, IMAGES, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    inducer = Scripted("a bus.", *["a dog under the table."] * 10)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        builder(inducer).build(backbone, model, SAMPLES, IMAGES, tmp_path)
-    assert inducer.calls == []
-    with pytest.raises(ValueError, match="No pair came out"):
-        builder(inducer, tau=0.0).build(backbone, model, SAMPLES, IMAGES, tmp_path, overwrite=True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    builder(Scripted("a bus.")).build(backbone, model, SAMPLES, IMAGES, tmp_path, overwrite=True)
-    assert ShardDataset(str(tmp_path), backbone).decode(0).rejected == "a bus."
+def test_the_pool_gives_images_and_no_pairs(tmp_path):
+    pool = Listed(record(50), record(51), SourceProblem("pool.jsonl:3", "no image"), record(52, image=broken("x")))
+    report = builder().build(Listed(record(0)), tmp_path / "pairs", pool=pool)
+    (sample,) = samples_of(tmp_path / "pairs").values()
+    assert number_of(sample.retrieved) in (50, 51)
+    assert report.records == 1
+    assert report.faults == 2
+    named = problems_of(tmp_path / "pairs")
+    assert named["pool.jsonl:3"]["detail"] == "no image"
+    assert "x" in named, "an image of the pool that cannot be used is named"
 
 
-def test_an_image_with_the_same_pixels_is_passed_over(backbone, model):
-    twins = {**IMAGES, "twin": IMAGES["image0"].copy()}
-    pairs, _ = builder(Scripted("a cat.")).pairs(backbone, model, SAMPLES[:1], twins)
-    assert pairs[0].provenance["retrieved_id"] not in ("twin", "image0")
+# ---- what goes wrong
 
 
-def test_build_writes_shards_that_the_stream_reads(backbone, model, tmp_path):
-    inducer = Inducer("infill", instruction="{masked}", fillers=["cat", "bus", "laptop"])
-    report = builder(inducer).build(backbone, model, SAMPLES, IMAGES, tmp_path / "shards", {"made_from": "pictures"})
-    dataset = ShardDataset(str(tmp_path / "shards"), backbone)
-    assert report.pairs == len(dataset) == 4
-    index = json.loads((tmp_path / "shards" / "index.json").read_text())
-    assert index["built_with"]["made_from"] == "pictures"
-    assert index["built_with"]["report"]["pairs"] == 4
-    sample = dataset.decode(0)
-    assert sample.provenance["image_id"] == "image0"
-    assert sample.image.tobytes() == IMAGES["image0"].tobytes()
-    assert sample.retrieved.tobytes() == IMAGES[sample.provenance["retrieved_id"]].tobytes()
+def broken(name: str, data: bytes = b"no image") -> ImageFile:
+    return ImageFile(name, data=data)
 
 
-@pytest.mark.parametrize(
-    ("samples", "images", "message"),
-    [
-        ([SAMPLES[0], SAMPLES[0]], IMAGES, "key"),
-        (SAMPLES, {"image0": IMAGES["image0"], "image1": IMAGES["image1"]}, "image2"),
-        ([SAMPLES[0]], {"image0": IMAGES["image0"]}, "two images"),
-    ],
-)
-def test_bad_sources_are_refused(backbone, model, samples, images, message):
-    with pytest.raises(ValueError, match=message):
-        builder(Scripted("a")).pairs(backbone, model, samples, images)
+def bad_images() -> dict[str, ImageFile]:
+    whole, frames = png(picture(7)), [picture(number) for number in (1, 2)]
+    bomb = png(Image.new("1", (8200, 8200)))
+    return {
+        "text": broken("text"),
+        "empty": broken("empty", b""),
+        "truncated png": broken("truncated png", whole[:-20]),
+        "truncated jpeg": broken("truncated jpeg", png(picture(7), format="JPEG")[:400]),
+        "huge": broken("huge", bomb),
+        "animated": broken("animated", png(frames[0], format="WEBP", save_all=True, append_images=frames[1:])),
+        "gif": broken("gif", png(picture(3), format="GIF")),
+        "narrow": broken("narrow", png(Image.new("RGB", (1, 900)))),
+        "missing": ImageFile("missing", path=Path("no/such/file.jpg")),
+    }
 
 
-def test_word_overlap():
-    assert WordOverlap().compare(["A b b", "", "x"], ["a b c", "", "y"]) == [2 / 4, 1.0, 0.0]
-    with pytest.raises(ValueError, match="argument"):
-        WordOverlap().compare(["a"], [])
+def test_every_bad_record_is_counted_and_named_and_costs_no_other(tmp_path, tiny_llava):
+    from realign_lightning.backbones import AutoBackbone
+
+    images = bad_images()
+    rows: list = [record(number) for number in range(6)]
+    rows += [record(20 + place, image=image) for place, image in enumerate(images.values())]
+    rows += [
+        record(40, chosen=" "),
+        record(41, chosen="it is red \ud800."),
+        record(42, prompt="what\0?"),
+        record(43, chosen="it is red </s>."),
+        record(44, chosen="nothing to see."),
+        record(45, rejected=record(45).chosen),
+        record(46, chosen=None),
+        record(0, chosen="a second record of this key"),
+        record(47, key="not.a.key"),
+        SourceProblem("rows.jsonl:9", "no prompt"),
+        record(48, retrieved=broken("text")),
+    ]
+    eyes = Eyes()
+    output = tmp_path / "pairs"
+    report = builder(eyes).build(Listed(*rows), output, Policy(AutoBackbone(str(tiny_llava))))
+    assert list(samples_of(output)) == [f"record{number:03d}" for number in range(6)]
+    named = problems_of(output)
+    assert report.records == len(rows) == report.pairs + sum(report.left_out.values())
+    assert report.left_out == {
+        "row cannot be used": 2,
+        "image cannot be used": len(images) + 1,
+        "text cannot be used": 6,
+        "no chosen answer": 1,
+        "nothing to mask": 1,
+    }
+    assert report.faults == len(rows) - 6 - 1, "an answer with nothing to mask is none"
+    for place, name in enumerate(images):
+        assert named[f"record{20 + place:03d}"]["detail"].startswith(f"{name}: ")
+    details = {where: line["detail"] for where, line in named.items()}
+    assert "</s>" in details["record043"]
+    assert "equal" in details["record045"]
+    assert "responder" in details["record046"]
+    assert "same key" in details["record000"]
+    assert details["rows.jsonl:9"] == "no prompt"
+    assert {number for _, number in eyes.asked} <= set(range(6)) | set(range(40, 48)), "no bad image was looked at"
 
 
-def test_sentence_similarity_is_the_cosine_of_mean_pooled_embeddings(tmp_path):
-    """Against plain transformers, on a tiny BERT made here."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "bus", "cat", "and"]
-    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).eval()
-    model.save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    SentenceTransformer(modules=[Transformer(str(tmp_path / "bert")), Pooling(16)]).save(str(tmp_path / "encoder"))
-
-    def embed(text):
-        with torch.inference_mode():
-            return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
-
-    first, second = ["a red bus", "a cat", "bus"], ["a red cat and a bus", "a cat", "red"]
-    pairs = zip(first, second, strict=True)
-    expected = [float(torch.cosine_similarity(embed(one), embed(two), 0)) for one, two in pairs]
-    similarities = SentenceSimilarity(str(tmp_path / "encoder"), batch_size=2).compare(first, second)
-    assert similarities == pytest.approx(expected, abs=1e-5)
-    assert similarities[1] == pytest.approx(1)
-    assert similarities[0] < 0.999
+def test_generated_answers_that_are_none_are_left_out(tmp_path):
+    answers = {0: Answer("it is", finished=False), 1: Answer("I'm sorry, I cannot see."), 2: Answer("  ")}
+    answers[3] = Answer("", False, error="out of order")
+    responder = Eyes(wrong=lambda number, prompt: answers.get(number))
+    rows = [record(number, chosen=None) for number in range(6)]
+    report = builder(responder=responder).build(Listed(*rows), tmp_path / "pairs")
+    assert list(samples_of(tmp_path / "pairs")) == ["record004", "record005"]
+    assert report.left_out == {"answer not usable": 3, "engine failed": 1}
+    assert report.faults == 1
+    mended = Eyes()
+    report = builder(responder=mended).build(Listed(*rows), tmp_path / "pairs")
+    assert report.left_out == {"answer not usable": 3}
+    assert {number for _, number in mended.asked} == {3}, "what was answered is kept, what failed is asked again"
 
 
-def test_sentence_similarity_names_the_extra_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"realign-lightning\[build\]"):
-        SentenceSimilarity().compare(["a"], ["b"])
+def test_fewer_images_than_k_and_none_at_all(tmp_path):
+    report = builder(top_k=10).build(Listed(record(0), record(1), record(2)), tmp_path / "three")
+    assert (report.pairs, report.short) == (3, 3)
+    report = builder(top_k=10).build(Listed(record(0)), tmp_path / "one")
+    assert (report.pairs, report.left_out) == (0, {"no similar image": 1})
+    assert not (tmp_path / "one").exists()
+
+
+def test_an_engine_that_fails_now_and_then_costs_only_what_failed(tmp_path):
+    failing = Eyes(wrong=lambda number, prompt: Answer("", False, "timed out") if number == 5 else None)
+    rows = Listed(*map(record, range(12)))
+    report = builder(failing).build(rows, tmp_path / "pairs")
+    whole = Eyes()
+    expected = builder(whole).build(rows, tmp_path / "whole")
+    assert 0 < report.left_out["engine failed"] < 12
+    assert report.faults == report.left_out["engine failed"]
+    assert all("timed out" in line["detail"] for line in problems_of(tmp_path / "pairs").values())
+    mended = Eyes()
+    again = builder(mended).build(rows, tmp_path / "pairs")
+    assert bytes_of(tmp_path / "pairs") == bytes_of(tmp_path / "whole")
+    assert again.pairs == expected.pairs
+    answered = {pair for pair in failing.asked if pair[1] != 5}
+    assert not answered & set(mended.asked)
+    assert not (tmp_path / "pairs.problems.jsonl").exists(), "an earlier run's list is no longer true"
+
+
+def test_an_engine_that_fails_always_ends_the_build_and_loses_nothing(tmp_path):
+    rows = Listed(*map(record, range(80)))
+    failing = Eyes(wrong=lambda number, prompt: Answer("", False, "401: no key") if len(failing.asked) > 8 else None)
+    with pytest.raises(EngineError, match=r"401: no key.*What was answered is kept"):
+        builder(failing).build(rows, tmp_path / "pairs")
+    assert len(failing.asked) == 8 + 52, "8 were answered, and no more is asked after 50"
+    assert not (tmp_path / "pairs").exists()
+    mended = Eyes()
+    report = builder(mended).build(rows, tmp_path / "pairs")
+    assert report.pairs == 80
+    assert not set(failing.asked[:8]) & set(mended.asked)
+
+
+def test_an_output_of_another_origin_is_left_alone(tmp_path):
+    output = tmp_path / "pairs"
+    builder().build(Listed(*map(record, range(4))), output)
+    before = bytes_of(output)
+    eyes = Eyes()
+    with pytest.raises(FileExistsError, match="already holds"):
+        builder(eyes).build(Listed(*map(record, range(5))), output, work=tmp_path / "other.work")
+    (output / "thesis.pdf").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"thesis\.pdf"):
+        builder(eyes).build(Listed(*map(record, range(4))), output, overwrite=True)
+    (output / "thesis.pdf").unlink()
+    assert eyes.asked == []
+    assert bytes_of(output) == before
+    builder(eyes).build(Listed(*map(record, range(5))), output, work=tmp_path / "other.work", overwrite=True)
+    assert len(samples_of(output)) == 5
+
+
+def test_without_a_pair_the_output_stays(tmp_path):
+    output = tmp_path / "pairs"
+    builder().build(Listed(*map(record, range(4))), output)
+    before = bytes_of(output)
+    strict = builder(gate=Gate(WordOverlap(), tau=0.0))
+    report = strict.build(Listed(*map(record, range(4))), output)
+    assert (report.pairs, report.left_out) == (0, {"no completion accepted": 4})
+    assert bytes_of(output) == before
+    assert problems_of(output)["record000"]["detail"].startswith("too similar, too similar")
+
+
+def test_a_card_that_was_filled_in_is_kept(tmp_path):
+    output = tmp_path / "pairs"
+    builder().build(Listed(*map(record, range(4))), output, title="Colours")
+    card = output / "README.md"
+    assert "# Colours" in card.read_text()
+    card.write_text(card.read_text().replace("license: unknown", "license: mit"))
+    builder().build(Listed(*map(record, range(5))), output)
+    assert "license: mit" in card.read_text()
+    assert "5 of 5 source samples" in (output / "README.new.md").read_text()
+
+
+def test_two_builds_do_not_work_on_one_folder(tmp_path):
+    script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+    work = tmp_path / "pairs.work"
+    work.mkdir()
+    command = [sys.executable, "-c", f"{script}; time.sleep(60)", str(work / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:  # noqa: S603
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match="Another build is at work"):
+            builder().build(Listed(*map(record, range(4))), tmp_path / "pairs")
+        other.kill()
+    assert builder().build(Listed(*map(record, range(4))), tmp_path / "pairs").pairs == 4
+
+
+def test_a_record_that_nobody_can_complete_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="no policy: give `backbone`"):
+        builder(completer=None).build(Listed(record(0)), tmp_path / "pairs")
+    with pytest.raises(ValueError, match="nobody embeds them"):
+        builder(retriever=None).build(Listed(record(0)), tmp_path / "pairs")
+    complete = record(0, rejected="a", retrieved=file_of(1))
+    assert builder(completer=None, retriever=None).build(Listed(complete), tmp_path / "pairs").pairs == 1
+    with pytest.raises(ValueError, match="Expected `batches` to be at least 1, got 0"):
+        builder(batches=0)
+    with pytest.raises(ValueError, match="Expected `samples_per_shard` to be at least 1, got 0"):
+        builder(samples_per_shard=0)
+
+
+# ---- nothing twice
+
+
+def test_a_finished_build_does_nothing_again_and_gives_the_same_bytes(tmp_path):
+    rows, output = Listed(*map(record, range(30))), tmp_path / "pairs"
+    builder(samples_per_shard=7).build(rows, output)
+    before = bytes_of(output)
+    eyes, encoder = Eyes(), Pixels()
+    report = builder(eyes, encoder, samples_per_shard=7).build(rows, output)
+    assert (eyes.asked, encoder.embedded, report.calls) == ([], 0, {"complete": 0})
+    assert bytes_of(output) == before
+    assert {"index.json", "README.md", "shard-000004.tar"} <= before.keys()
+    elsewhere = tmp_path / "elsewhere" / "deeper"
+    builder(samples_per_shard=7).build(rows, elsewhere)
+    assert bytes_of(elsewhere) == before, "nothing of where and when it was built"
+
+
+def test_a_changed_gate_asks_only_for_what_is_new(tmp_path):
+    rows, output = Listed(*map(record, range(20))), tmp_path / "pairs"
+    first, second, fresh = Eyes(), Eyes(), Eyes()
+    loose = Gate(WordOverlap(), tau=0.76)
+    strict = Gate(OneIn(3), tau=0.95)
+    builder(first, gate=loose).build(rows, output)
+    builder(second, gate=strict).build(rows, output)
+    builder(fresh, gate=strict).build(rows, tmp_path / "fresh")
+    assert second.asked
+    assert not set(first.asked) & set(second.asked)
+    assert set(fresh.asked) <= set(first.asked) | set(second.asked)
+    assert bytes_of(output) == bytes_of(tmp_path / "fresh")
+
+
+class OneIn(WordOverlap):
+    """Takes two of three completions for equal."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def compare(self, first, second):
+        return [0.5 if sum(map(ord, one + other)) % self.count == 0 else 1.0 for one, other in zip(first, second)]  # noqa: B905
+
+
+def test_an_extended_source_costs_what_is_new_and_gives_what_a_fresh_build_gives(tmp_path):
+    output = tmp_path / "pairs"
+    first, second, fresh = Eyes(), Eyes(), Eyes()
+    encoder = Pixels()
+    builder(first).build(Listed(*map(record, range(16))), output)
+    builder(second, encoder).build(Listed(*map(record, range(24))), output)
+    builder(fresh).build(Listed(*map(record, range(24))), tmp_path / "fresh")
+    assert bytes_of(output) == bytes_of(tmp_path / "fresh")
+    assert not set(first.asked) & set(second.asked)
+    assert len(second.asked) < len(fresh.asked)
+    assert encoder.embedded == 8, "new images only"
+
+
+def test_disk_full_at_any_moment_loses_nothing(tmp_path):
+    """Files may not grow beyond a limit, which is raised until the build succeeds."""
+    rows = 30
+    whole = tmp_path / "whole"
+    builder(Eyes(batch_size=2)).build(Listed(*map(record, range(rows))), whole)
+    script = tmp_path / "build.py"
+    script.write_text(
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.preferences.building import Eyes, Listed, builder, record\n"
+        "limit, output, log = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])\n"
+        "rows = Listed(*map(record, range(int(sys.argv[4]))))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "if limit:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try:\n"
+        "    print(builder(Eyes(log, batch_size=2)).build(rows, output).pairs)\n"
+        "except OSError as error:\n"
+        "    sys.exit(f'refused: {error}')\n"
+    )
+    output, logs = tmp_path / "pairs", []
+    limits = [2_000, 9_000, 60_000, 0]
+    for limit in limits:
+        log = tmp_path / f"{limit}.log"
+        command = [sys.executable, str(script), str(limit), str(output), str(log), str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())  # noqa: S603
+        logs.append(log.read_text().splitlines() if log.exists() else [])
+        assert (done.returncode == 0) == (limit == 0), done.stderr
+        if limit:
+            assert "refused: " in done.stderr, done.stderr
+            assert not output.exists()
+    assert bytes_of(output) == bytes_of(whole)
+    counts = Counter(line for log in logs for line in log)
+    assert sum(count - 1 for count in counts.values()) <= 2 * (len(limits) - 1), "at most the batch that did not fit"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from realign_lightning.preferences import Answer
+from tests.preferences.building import Eyes, Listed, builder, record
+
+output, log, rows, kills, seed = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
+source = Listed(*(record(number, **({"chosen": None} if number % 5 == 0 else {})) for number in range(rows)))
+
+def build():
+    eyes = Eyes(log, pause=0.01)
+    builder(eyes, responder=eyes, samples_per_shard=9).build(source, output, show_progress=False)
+
+generator = np.random.default_rng(seed)
+for number in range(kills):
+    child = os.fork()
+    if not child:
+        build()
+        os._exit(0)
+    time.sleep(generator.uniform(0.0, float(os.environ["LONGEST"])))
+    os.kill(child, signal.SIGKILL)
+    killed = os.waitpid(child, 0)[1]
+    with log.open("a") as file:
+        file.write(f"-- {'killed' if os.WIFSIGNALED(killed) else 'done'}\\n")
+    print(sorted(path.name for path in output.glob("*")) or "nothing", flush=True)
+build()
+"""
+
+
+def test_killed_at_twenty_random_moments_the_bytes_are_those_of_the_undisturbed_build(tmp_path):
+    rows = 60
+    source = [record(number, **({"chosen": None} if number % 5 == 0 else {})) for number in range(rows)]
+    eyes = Eyes(pause=0.01)
+    whole = builder(eyes, responder=eyes, samples_per_shard=9)
+    started = time.monotonic()
+    whole.build(Listed(*source), tmp_path / "whole", show_progress=False)
+    took = time.monotonic() - started
+    script, log, output = tmp_path / "killed.py", tmp_path / "log", tmp_path / "pairs"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(output), str(log), str(rows), "20", "7"]
+    longest = {"LONGEST": str(min(0.5 * took, 0.6))}
+    done = subprocess.run(  # noqa: S603
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**environment(), **longest}, timeout=300, check=True
+    )
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+    seen = done.stdout.splitlines()
+    assert len(seen) == 20
+    assert all(line == "nothing" or "index.json" in line for line in seen), "never a half of an output"
+    runs = re.split(r"-- (?:killed|done)\n", log.read_text())
+    assert log.read_text().count("-- killed") >= 10
+    kept = known_answers(tmp_path / "pairs.work")
+    assert kept
+    # What was asked twice was cut off before its batch could be kept: at most a batch for every kill.
+    counts = Counter(line for run in runs for line in run.splitlines())
+    assert set(counts) == {f"{number} {prompt!r}" for prompt, number in eyes.asked}
+    assert sum(count - 1 for count in counts.values()) <= 4 * 20
+
+
+def known_answers(work: Path) -> set[str]:
+    return {key for stage in ("answers", "responses") for folder in (work / stage).glob("*") for key in keys_in(folder)}
+
+
+def keys_in(folder: Path) -> set[str]:
+    return {key for line in read_journal(folder) for key in line.value}
+
+
+def test_shards_of_a_build_can_be_trained_on(tmp_path, tiny_llava):
+    from realign_lightning.backbones import AutoBackbone
+
+    report = builder().build(Listed(*map(record, range(6))), tmp_path / "pairs")
+    dataset = ShardDataset(str(tmp_path / "pairs"), AutoBackbone(str(tiny_llava)))
+    assert len(dataset) == report.pairs == 6
+    index = json.loads((tmp_path / "pairs" / "index.json").read_text())
+    assert index["built_with"]["counts"]["pairs"] == 6
+    assert index["built_with"]["stages"]["gate"]["tau"] == 0.95

@@ -10,6 +10,7 @@ from realign_lightning.backbones import AutoBackbone
 from realign_lightning.preferences.engine import Form, Question
 from realign_lightning.preferences.infill import Choice, FreeInfill, SeededDraw
 from realign_lightning.preferences.local import LocalEngine
+from realign_lightning.preferences.policy import Policy
 from tests.backbones.test_families import backbone_of
 from tests.conftest import picture
 from tests.tiny_models import make_tiny
@@ -29,7 +30,7 @@ def model(backbone):
 
 def engine_of(backbone, model, **settings) -> LocalEngine:
     engine = LocalEngine(**{"max_new_tokens": 60, **settings})
-    engine.use(backbone, model)
+    engine.use(Policy(backbone, model))
     return engine
 
 

@@ -79,7 +79,11 @@ def runner(folder, engine: Engine, batches: int = 2, **gate) -> Trials:
     completer = Completer(engine=engine, instruction="{prompt}{masked}")
     answers = Memo(folder, "answers", completer.identity)
     return Trials(
-        completer, Gate(**gate), answers, Memo(folder, "similarities", WordOverlap().identity), batches=batches
+        completer,
+        Gate(WordOverlap(), **gate),
+        answers,
+        Memo(folder, "similarities", WordOverlap().identity),
+        batches=batches,
     )
 
 
@@ -116,7 +120,7 @@ def test_candidates_in_order_up_to_the_first_that_is_accepted(tmp_path, batch_si
     assert {len(found) for _, found in reasons} == {1, 2, 3, 4, 5}
     assert any(found[-1] is not None for _, found in reasons), "some find nothing"
     asked = list(itertools.chain(*engine.batches))
-    assert len(asked) == run.asked == sum(len(found) for _, found in reasons), "never k where one serves"
+    assert len(asked) == run.book.asked == sum(len(found) for _, found in reasons), "never k where one serves"
     assert len(set(asked)) == len(asked)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,15 @@ class SourceProblem:
 
     where: str
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from row to row: quoted words, paths and numbers.
+
+        >>> SourceProblem("row 7", "the image file /data/7.jpg cannot be read: 'x' of 12 bytes").kind
+        'the image file ... cannot be read: ... of ... bytes'
+        """
+        return re.sub(r"'[^']*'|\"[^\"]*\"|(?<!\w)/\S+|\d+", "...", self.reason)
 
 
 class Source(ABC):

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from realign_lightning.backbones.base import Backbone, eval_mode
-from realign_lightning.data.shards import file_sha256
+from realign_lightning.preferences.policy import Policy, best_device
 
 
 class ImageEncoder(ABC):
@@ -44,6 +44,9 @@ class ImageEncoder(ABC):
             (N, D) float32 on the CPU, L2-normalised.
         """
 
+    def finish(self) -> None:  # noqa: B027 - most encoders have nothing to do
+        """Called by every rank of a run when it has no more images of a stage to embed."""
+
 
 class PolicyEncoder(ImageEncoder):
     """The policy's own vision tower: the mean of its last hidden states, as the paper's retrieval uses CLIP's.
@@ -62,31 +65,54 @@ class PolicyEncoder(ImageEncoder):
     def __init__(
         self, backbone: Backbone, model: nn.Module | None = None, batch_size: int = 64, device: str | None = None
     ) -> None:
-        self.backbone = backbone
         self.batch_size = _positive(batch_size)
-        self.device = device
-        self._model = model
+        self._policy = Policy(backbone, model, best_device(device) if model is None else None)
 
-    @cached_property
+    @classmethod
+    def sharing(cls, policy: Policy, batch_size: int = 64) -> PolicyEncoder:
+        """An encoder with the very weights of a policy.
+
+        Args:
+            policy: shared with other stages.
+            batch_size: images per forward pass; one where ranks hold shards of the weights.
+        """
+        encoder = cls(policy.backbone, batch_size=batch_size)
+        encoder._policy = policy
+        return encoder
+
+    @property
     def identity(self) -> Mapping[str, Any]:
-        """The backbone's fingerprint: weights and preprocessing.
+        """The policy's weights and preprocessing.
 
         Raises:
-            NotImplementedError: for a backbone without one.
+            NotImplementedError: for a backbone without a fingerprint.
         """
-        return {"encoder": "policy", **self.backbone.fingerprint(file_sha256)}
+        return {"encoder": "policy", **self._policy.identity}
 
     @property
     def model(self) -> nn.Module:
         """The policy, loaded now if it was not before."""
-        if self._model is None:
-            self._model = self.backbone.load_model().to(_device(self.device))
-        return self._model
+        return self._policy.model
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageEncoder.embed`."""
+        if not self._policy.is_sharded:
+            with eval_mode(self.model):
+                return self._policy.backbone.embed_images(self.model, images)
+        # One image is one forward pass in every family, so that ranks can count them.
+        return torch.cat([self._embed_announced(image) for image in images])
+
+    def finish(self) -> None:
+        """Run the vision tower along with ranks that have images left."""
+        self._policy.keep_up(lambda: self._embed_one(Image.new("RGB", (64, 64))))
+
+    def _embed_announced(self, image: Image.Image) -> Tensor:
+        self._policy.announce()
+        return self._embed_one(image)
+
+    def _embed_one(self, image: Image.Image) -> Tensor:
         with eval_mode(self.model):
-            return self.backbone.embed_images(self.model, images)
+            return self._policy.backbone.embed_images(self.model, [image])
 
 
 class TimmEncoder(ImageEncoder):
@@ -142,7 +168,7 @@ class TimmEncoder(ImageEncoder):
         model = _timm().create_model(self.model_name, pretrained=pretrained, checkpoint_path=path)
         # Only now: with the classifier gone before, weights that do not fit would be passed over in silence.
         model.reset_classifier(0)
-        module: nn.Module = model.eval().to(_device(self.device))
+        module: nn.Module = model.eval().to(best_device(self.device))
         return module
 
     @cached_property
@@ -172,10 +198,6 @@ def _timm() -> ModuleType:
         raise ImportError('Encoding images with timm needs: pip install "realign-lightning[build]"') from error
     module: ModuleType = timm
     return module
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
 
 
 def _weights_sha256(model: nn.Module) -> str:

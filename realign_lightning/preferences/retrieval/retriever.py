@@ -77,6 +77,16 @@ class Retriever:
         """All that neighbours depend on beside encoder and images, in plain JSON values."""
         return {**asdict(self.rules), "flat_limit": self.flat_limit, "ivfpq": asdict(self.ivfpq)}
 
+    def below(self, max_similarity: float) -> Retriever:
+        """A retriever with another end of the band and the same settings otherwise.
+
+        Args:
+            max_similarity: neighbours are less similar.
+        """
+        rules = self.rules
+        settings = (rules.top_k, rules.hash_distance, rules.min_similarity)
+        return Retriever(self.encoder, *settings, max_similarity, self.flat_limit, self.ivfpq)
+
     def neighbours(
         self, store: EmbeddingStore, contents: Mapping[str, str], queries: Sequence[str] | None = None
     ) -> Iterator[tuple[str, list[Neighbour]]]:

@@ -6,11 +6,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ from realign_lightning.data.sources.base import ImageFile, SourceProblem
 from realign_lightning.journal import write_all
 from realign_lightning.preferences.near_duplicates import PERCEPTUAL_HASH, perceptual_hash
 from realign_lightning.preferences.retrieval.encoders import ImageEncoder
+from realign_lightning.preferences.threads import in_threads
 from realign_lightning.types import SampleError
 
 SCHEMA = 1
@@ -34,14 +33,8 @@ STORE_NAME = "store.json"
 MAX_NORM_ERROR = 1e-4
 """Most that the length of a stored embedding is off 1."""
 
-_THREADS = min(8, os.cpu_count() or 1)
-"""Image files that are read and decoded at a time."""
-
 _HASHED = 256
 """Image files that are hashed in one go."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -342,7 +335,7 @@ def content_hashes(images: Sequence[ImageFile]) -> tuple[dict[str, str], list[So
     problems = []
     groups = [images[start : start + _HASHED] for start in range(0, len(images), _HASHED)]
     with tqdm(total=len(images), desc="hash images", unit="image", delay=2) as bar:
-        for group, results in _in_threads(_hash, groups):
+        for group, results in in_threads(_hash, groups):
             for image, result in zip(group, results, strict=True):
                 if isinstance(result, SampleError):
                     problems.append(SourceProblem(image.image_id, str(result)))
@@ -394,9 +387,10 @@ def embed_missing(
     todo = [batch for batch in batches[rank::world_size] if store.missing(batch)]
     problems: dict[str, str] = {}
     with tqdm(total=sum(map(len, todo)), desc="embed images", unit="image", delay=2) as bar:
-        for batch, results in _in_threads(lambda key: _decode(files[key], key), todo):
+        for batch, results in in_threads(lambda key: _decode(files[key], key), todo):
             problems |= _embed_batch(store, encoder, dict(zip(batch, results, strict=True)))
             bar.update(len(batch))
+    encoder.finish()
     store.close()
     return [SourceProblem(name, reason) for key, reason in problems.items() for name in dict.fromkeys(names[key])]
 
@@ -440,21 +434,6 @@ def _decode(image: ImageFile, content: str) -> Image.Image | SampleError:
         return decode_image(data)
     except SampleError as error:
         return error
-
-
-def _in_threads(
-    work: Callable[[Item], Result], groups: Iterable[Sequence[Item]]
-) -> Iterator[tuple[Sequence[Item], list[Result]]]:
-    """Groups with their results, in order; the next group is worked on while one is used."""
-    waiting: deque[tuple[Sequence[Item], Iterator[Result]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for group in groups:
-            waiting.append((group, pool.map(work, group)))
-            if len(waiting) > 1:
-                done, results = waiting.popleft()
-                yield done, list(results)
-        for done, results in waiting:
-            yield done, list(results)
 
 
 _DIGEST = "S32"

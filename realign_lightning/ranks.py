@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -39,3 +42,28 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         torch.distributed.all_reduce(values)
     return values
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """The items that are this rank's work: every one of them is one rank's.
+
+    Args:
+        items: equal on all ranks.
+
+    >>> share(["a", "b", "c"])
+    ['a', 'b', 'c']
+    """
+    rank, world_size = rank_and_world_size()
+    return items[rank::world_size]
+
+
+def merge(values: dict[str, Item]) -> dict[str, Item]:
+    """What all ranks know together, equal on all of them.
+
+    Args:
+        values: of this rank, under names that no other rank has; can be pickled.
+
+    >>> merge({"a": 1})
+    {'a': 1}
+    """
+    return {name: value for part in gather(values) for name, value in part.items()}

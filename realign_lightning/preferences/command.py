@@ -1,0 +1,161 @@
+"""``realign-lightning build``: dual-preference pairs from answers about images, on any number of devices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.utils.data import DataLoader
+
+from realign_lightning.backbones.base import Backbone
+from realign_lightning.data.sources.base import Source
+from realign_lightning.preferences.build import PreferenceBuilder
+from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
+from realign_lightning.preferences.pipeline.report import BuildReport
+from realign_lightning.preferences.policy import Policy
+
+NOTHING_CAME_OUT = 1
+"""Exit status when no pair came out, or something stood in the way."""
+
+WITH_FAULTS = 3
+"""Exit status when pairs were written, and something was wrong with some of the records."""
+
+
+class BuildModule(pl.LightningModule):
+    """Runs a build inside ``Trainer.predict``, on every rank and with any strategy that training can use.
+
+    Under :class:`~realign_lightning.modules.FSDP2Strategy` the policy is loaded sharded; otherwise every rank loads it
+    when a stage first needs it.
+
+    Args:
+        run: the build, given the policy.
+        backbone: the policy's family; None where there is none.
+    """
+
+    def __init__(self, run: Callable[[Policy | None], Any], backbone: Backbone | None) -> None:
+        super().__init__()
+        self._run = run
+        self._backbone = backbone
+        self._sharded: torch.nn.Module | None = None
+        self.result: Any = None
+
+    def configure_model(self) -> None:
+        """Load the policy if it is to be sharded."""
+        if self.device_mesh is None or self._sharded is not None:
+            return
+        if self._backbone is None:
+            raise ValueError("Expected `backbone` with a strategy that shards a model: there is nothing to shard.")
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        self._sharded = self._backbone.load_sharded(self.device_mesh["data_parallel"], compute_dtype=dtype).eval()
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """One batch for every rank: the whole build."""
+        return DataLoader(list(range(self.trainer.world_size)))  # type: ignore[arg-type]
+
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Run the build."""
+        policy = None
+        if self._backbone is not None:
+            is_sharded = self._sharded is not None
+            policy = Policy(self._backbone, self._sharded, None if is_sharded else self.device, is_sharded)
+        self.result = self._run(policy)
+        # Lightning takes None for a mistake.
+        return batch_idx
+
+
+def main(args: Sequence[str]) -> None:
+    """Command line of :class:`PreferenceBuilder`: prints the report, or the plan.
+
+    Args:
+        args: a recipe with overrides.
+
+    Raises:
+        SystemExit: with status 1 if no pair came out, 3 if something was wrong with some of the records (those are
+            named in ``{output}.problems.jsonl``), 2 for wrong options.
+        ValueError: for settings out of range, and as :meth:`PreferenceBuilder.build`.
+        OSError: as :meth:`PreferenceBuilder.build`.
+    """
+    parser = _parser()
+    config = parser.parse_args(list(args))
+    settings = _told(config)
+    parts = parser.instantiate_classes(config)
+    builder: PreferenceBuilder = parts.builder
+    if config.dry_run:
+        prices = Prices(config.price_per_million_read, config.price_per_million_written)
+
+        def run(policy: Policy | None) -> Plan | BuildReport:
+            return make_plan(builder, parts.source, policy, parts.pool, prices)
+
+    else:
+
+        def run(policy: Policy | None) -> Plan | BuildReport:
+            places = (parts.output, policy, parts.pool, parts.work)
+            return builder.build(parts.source, *places, parts.title, settings, parts.overwrite)
+
+    trainer = pl.Trainer(**{**config.trainer.as_dict(), **_QUIET, "strategy": parts.trainer.strategy})
+    module = BuildModule(run, parts.backbone)
+    trainer.predict(module, return_predictions=False)
+    if trainer.is_global_zero:
+        sys.stdout.write(module.result.as_text())
+        _exit(module.result)
+
+
+def _exit(result: Plan | BuildReport) -> None:
+    if isinstance(result, Plan):
+        return
+    if not result.pairs:
+        sys.stderr.write("error: no pair came out, nothing was written.\n")
+        raise SystemExit(NOTHING_CAME_OUT)
+    if result.faults:
+        sys.stderr.write(f"{result.faults} records or images could not be used: {result.problems} names them.\n")
+        raise SystemExit(WITH_FAULTS)
+
+
+_QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "barebones": False,
+}
+"""What a Trainer is to leave to the build."""
+
+
+def _parser() -> LightningArgumentParser:
+    parser = LightningArgumentParser(
+        prog="realign-lightning build",
+        description="Build dual-preference pairs from answers about images: mask, retrieve, induce, accept. Start with "
+        "a recipe: `realign-lightning build --config recipes/build/digits.yaml`. What was finished is kept: after a "
+        "kill or a change the same command computes only what is new. Exit status: 0 all went well, 1 no pair came out "
+        "or something stood in the way, 3 something was wrong with some of the records.",
+    )
+    parser.add_argument("--config", action="config", help="a recipe in recipes/build")
+    parser.add_argument("--source", type=Source, required=True, enable_path=True, help="answers about images")
+    parser.add_argument("--output", type=str, required=True, help="folder for the shards")
+    parser.add_argument("--backbone", type=Backbone | None, enable_path=True, help="the policy")
+    parser.add_argument("--pool", type=Source | None, enable_path=True, help="further images that can be retrieved")
+    parser.add_argument("--work", type=str | None, help="folder of finished work (default: OUTPUT.work)")
+    parser.add_argument("--title", type=str, default="Dual-preference pairs", help="heading of the dataset card")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace shards of whatever origin")
+    parser.add_class_arguments(PreferenceBuilder, "builder")
+    parser.add_lightning_class_args(pl.Trainer, "trainer", required=False)
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="print the plan (records, calls, tokens, hours, cost) from a sample of 20 records, and write nothing",
+    )
+    for name in ("read", "written"):
+        text = f"of a million tokens {name} by the engine, in any currency; for the plan"
+        parser.add_argument(f"--price_per_million_{name}", type=float, default=0.0, help=text)
+    return parser
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """What index and card tell of the recipe: what pairs depend on, not where things lie or what computes them."""
+    plain = config.clone(with_meta=False).as_dict()
+    return {name: plain[name] for name in ("source", "backbone", "pool") if plain.get(name) is not None}

@@ -1,0 +1,310 @@
+"""One run of a build: its stages in order, each with its memo, its time and its part of the report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from realign_lightning.backbones.files import FileHasher
+from realign_lightning.data.sources.base import Source
+from realign_lightning.preferences.accept import Gate
+from realign_lightning.preferences.asking import AnswerBook
+from realign_lightning.preferences.completing import Completer
+from realign_lightning.preferences.engine import Engine
+from realign_lightning.preferences.local import LocalEngine
+from realign_lightning.preferences.mask import Masker
+from realign_lightning.preferences.memo import Memo
+from realign_lightning.preferences.pipeline.drafts import Draft, LeftOut, Try, still_open
+from realign_lightning.preferences.pipeline.masks import mask_responses
+from realign_lightning.preferences.pipeline.reading import Album, check_images, check_texts, read_drafts, read_pool
+from realign_lightning.preferences.pipeline.report import BuildReport
+from realign_lightning.preferences.pipeline.responding import write_responses
+from realign_lightning.preferences.pipeline.similar import calibrated, embed_album, find_neighbours, prepare_index
+from realign_lightning.preferences.policy import Policy
+from realign_lightning.preferences.retrieve import EmbeddingStore, ImageEncoder, Neighbour, PolicyEncoder, Retriever
+from realign_lightning.preferences.trials import Candidate, Outcome, Trial, Trials
+from realign_lightning.ranks import gather, rank_and_world_size, share
+
+_SCHEMA = 1
+"""Raised whenever images are decoded or texts checked otherwise, so that all of them are looked at again."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Who does what in a build; see :class:`~realign_lightning.preferences.PreferenceBuilder`.
+
+    Args:
+        masker: chooses what to mask.
+        retriever: finds similar images.
+        completer: lets an engine complete masked responses.
+        gate: decides on completions.
+        responder: generates missing chosen responses; None where there is nobody.
+        calibrate: whether the end of the band of similarities is found from the images.
+        batches: records that are tried at a time, in batches of the engine.
+        seed: of what is drawn.
+    """
+
+    masker: Masker
+    retriever: Retriever
+    completer: Completer
+    gate: Gate
+    responder: Engine | None
+    calibrate: bool
+    batches: int
+    seed: int
+
+    @property
+    def engines(self) -> list[Engine]:
+        """All that answer about images."""
+        return [self.completer.engine, *([self.responder] if self.responder is not None else [])]
+
+
+class Run:
+    """Runs the stages on this rank's share of the records; all ranks make the same calls in the same order.
+
+    Args:
+        stages: who does what.
+        work: folder of finished work, which all ranks share.
+        policy: whose hallucinations are wanted; None where engines and encoder have models of their own.
+        shows: whether there are progress bars.
+    """
+
+    def __init__(self, stages: Stages, work: Path, policy: Policy | None, shows: bool = True) -> None:
+        self.stages = stages
+        self.work = work
+        self.policy = policy
+        self.report = BuildReport()
+        self.drafts: list[Draft] = []
+        self.others: list[LeftOut] = []
+        self.strays: list[LeftOut] = []
+        self.album = Album()
+        self.dimension = 0
+        self._has_retrieved = False
+        self._shows = shows and rank_and_world_size()[0] == 0
+        self._retriever = stages.retriever
+        self._encoder = stages.retriever.encoder
+        if policy is not None:
+            policy.hash_file = FileHasher(work / "files.json")
+            for engine in stages.engines:
+                engine.use(policy)
+            self._encoder = self._encoder or PolicyEncoder.sharing(policy)
+
+    # ---- stages
+
+    def read(self, source: Source, pool: Source | None) -> None:
+        """Read and check records and images.
+
+        Args:
+            source: records.
+            pool: further images that can be retrieved.
+
+        Raises:
+            ValueError: if records lack what nobody of this build can make.
+        """
+        with self._timed("read"):
+            spill = self.work / "images"
+            self.drafts, self.others = read_drafts(source, spill, self._shows)
+            images, self.strays = ([], []) if pool is None else read_pool(pool, spill)
+        self._check_parts()
+        with self._timed("check"):
+            self.album = check_images(self.drafts, images, self._memo("images", {"schema": _SCHEMA}), self._shows)
+            broken = {image.image_id for image in images} & self.album.problems.keys()
+            self.strays += [LeftOut(name, "image cannot be used", self.album.problems[name]) for name in sorted(broken)]
+            policy = self.policy if any(self._needs_completion(self.drafts)) else None
+            identity = {"schema": _SCHEMA, "policy": None if policy is None else policy.identity}
+            check_texts(self.drafts, policy, self._memo("texts", identity), self._shows)
+
+    def respond(self) -> None:
+        """Generate chosen responses that are missing."""
+        responder, seed = self.stages.responder, self.stages.seed
+        book = None
+        if responder is not None and any(draft.record.chosen is None for draft in still_open(self.drafts)):
+            book = AnswerBook(responder, self._memo("responses", {"engine": dict(responder.identity), "seed": seed}))
+        with self._timed("answer", book):
+            write_responses(self.drafts, self.album, book, self.stages.gate, seed, self._shows)
+
+    def mask(self) -> None:
+        """Mask chosen responses."""
+        masker = self.stages.masker
+        if any(self._needs_completion(still_open(self.drafts))):
+            with self._timed("mask"):
+                mask_responses(self.drafts, masker, self._memo("masks", masker.identity), self._shows)
+
+    def retrieve(self) -> dict[str, list[Neighbour]]:
+        """Find similar images for this rank's share of :meth:`unfinished`.
+
+        Returns:
+            Neighbours by ``image_id``.
+        """
+        if all(draft.record.retrieved is not None for draft in self.unfinished()):
+            return {}
+        encoder = self._given_encoder
+        self._has_retrieved = True
+        store = EmbeddingStore(self.work / "embeddings", encoder.identity, rank_and_world_size()[0])
+        with self._timed("embed"):
+            problems = embed_album(self.album, encoder, store)
+            self.dimension = store.dimension or 0
+            for draft in self.unfinished():
+                name = draft.record.image.image_id
+                if draft.record.retrieved is None and name in problems:
+                    draft.leave_out("image cannot be used", f"{name}: {problems[name]}")
+        with self._timed("retrieve"):
+            prepare_index(self._retriever, self.album, store)
+            if self.stages.calibrate:
+                memo = self._memo("bands", self._neighbourhood)
+                self._retriever = self._retriever.below(calibrated(self._retriever, self.album, encoder, store, memo))
+            memo = self._memo("neighbours", self._neighbourhood)
+            mine = [draft for draft in share(self.unfinished()) if draft.record.retrieved is None]
+            queries = [draft.record.image.image_id for draft in mine]
+            return find_neighbours(queries, self.album, self._retriever, store, memo, self._shows)
+
+    def complete(self, neighbours: Mapping[str, Sequence[Neighbour]]) -> None:
+        """Complete masked responses on similar images, in order of rank, until one is accepted.
+
+        Args:
+            neighbours: of this rank's share, as :meth:`retrieve` returns them.
+        """
+        mine = share(self.unfinished())
+        candidates = {draft.key: self._candidates(draft, neighbours) for draft in mine}
+        top_k = self._retriever.rules.top_k
+        short = sum(len(candidates[draft.key]) < top_k for draft in mine if draft.record.retrieved is None)
+        found = {draft.key: _given(candidates[draft.key]) for draft in mine if draft.masked is None}
+        if any(draft.masked is not None for draft in self.unfinished()):
+            tried = [draft for draft in mine if draft.masked is not None]
+            found |= self._try([_trial(draft, candidates[draft.key]) for draft in tried])
+        self._finish(found, short)
+
+    def _try(self, trials: Sequence[Trial]) -> dict[str, _Found]:
+        runner = self._trials()
+        with self._timed("complete", runner.book), self._bar(len(trials)) as bar:
+            done: Counter[bool] = Counter()
+
+            def show(outcome: Outcome) -> None:
+                done[outcome.accepted is not None] += 1
+                bar.set_postfix(accepted=f"{done[True] / done.total():.0%}", asked=runner.book.asked, refresh=False)
+                bar.update()
+
+            return {outcome.trial.key: _Found.of(outcome) for outcome in runner.run(trials, show)}
+
+    def unfinished(self) -> list[Draft]:
+        """Drafts that lack a rejected response or a retrieved image and were not given up, in order."""
+        return [draft for draft in still_open(self.drafts) if draft.lacks_pair]
+
+    # ---- parts
+
+    def identities(self) -> dict[str, Any]:
+        """What pairs depend on beside the records, in plain JSON values."""
+        stages, found = self.stages, dict[str, Any]()
+        if any(draft.generated for draft in self.drafts) and stages.responder is not None:
+            found["responder"] = dict(stages.responder.identity)
+        if any(draft.masked is not None for draft in self.drafts):
+            found |= {"masker": dict(stages.masker.identity), "completer": dict(stages.completer.identity)}
+            found["gate"] = dict(stages.gate.identity)
+        if self._has_retrieved:
+            found |= self._neighbourhood
+        return {**found, "seed": stages.seed}
+
+    def _check_parts(self) -> None:
+        """Refuse before hours of work what would fail after them."""
+        if any(self._needs_completion(self.drafts)):
+            engine = self.stages.completer.engine
+            if isinstance(engine, LocalEngine) and engine.backbone is None and self.policy is None:
+                raise ValueError("Rejected responses are to be made, and there is no policy: give `backbone`.")
+            self.stages.gate.similarity.compare(["one"], ["another"])
+        if self._encoder is None and any(draft.record.retrieved is None for draft in self.drafts):
+            raise ValueError("Images are to be retrieved, and nobody embeds them: give `backbone` or an encoder.")
+
+    @property
+    def _given_encoder(self) -> ImageEncoder:
+        assert self._encoder is not None  # noqa: S101 - checked when the records were read
+        return self._encoder
+
+    @property
+    def _neighbourhood(self) -> dict[str, Any]:
+        return {"retriever": dict(self._retriever.identity), "encoder": dict(self._given_encoder.identity)}
+
+    @staticmethod
+    def _needs_completion(drafts: Any) -> Iterator[bool]:
+        return (draft.record.rejected is None for draft in drafts)
+
+    def _trials(self) -> Trials:
+        stages = self.stages
+        answers = self._memo("answers", {**stages.completer.identity, "seed": stages.seed})
+        similarities = self._memo("similarities", stages.gate.similarity.identity)
+        return Trials(stages.completer, stages.gate, answers, similarities, stages.seed, stages.batches)
+
+    def _candidates(self, draft: Draft, neighbours: Mapping[str, Sequence[Neighbour]]) -> list[Candidate]:
+        """The image that was given, or the similar ones."""
+        album, given = self.album, draft.record.retrieved
+        if given is not None:
+            return [Candidate(given, album.contents[given.image_id])]
+        return [
+            Candidate(album.files[other.image_id], album.contents[other.image_id], other.score)
+            for other in neighbours[draft.record.image.image_id]
+        ]
+
+    def _finish(self, mine: dict[str, _Found], short: int) -> None:
+        """Hand all ranks what each has found."""
+        found = {key: one for part in gather(mine) for key, one in part.items()}
+        self.report.short = sum(gather(short))
+        for draft in self.unfinished():
+            one = found[draft.key]
+            draft.tries = one.tries
+            if one.error is not None:
+                draft.leave_out("engine failed", one.error)
+            elif not one.tries:
+                draft.leave_out("no similar image")
+            elif (last := one.tries[-1].attempt) is not None and last.verdict.reason is not None:
+                reasons = ", ".join(str(attempt.verdict.reason) for _, _, attempt in one.tries if attempt is not None)
+                draft.leave_out("no completion accepted", reasons)
+
+    def _memo(self, stage: str, identity: Mapping[str, Any]) -> Memo:
+        return Memo(self.work, stage, identity, rank_and_world_size()[0])
+
+    def _bar(self, total: int) -> Any:
+        return tqdm(total=total, desc="complete", unit="record", disable=not self._shows or not total)
+
+    @contextmanager
+    def _timed(self, stage: str, book: AnswerBook | None = None) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.report.seconds[stage] = time.monotonic() - started
+        if book is not None:
+            counts = gather((book.asked, book.prompt_tokens, book.new_tokens))
+            asked, read, written = (sum(column) for column in zip(*counts, strict=True))
+            self.report.calls[stage] = asked
+            self.report.tokens[stage] = (read, written)
+
+
+@dataclass
+class _Found:
+    """What became of a draft, as ranks tell each other."""
+
+    tries: list[Try]
+    error: str | None = None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> _Found:
+        candidates = outcome.trial.candidates
+        tries = [
+            Try(candidate.image.image_id, candidate.score, attempt)
+            for candidate, attempt in zip(candidates, outcome.attempts, strict=False)
+        ]
+        return cls(tries, outcome.error)
+
+
+def _given(candidates: Sequence[Candidate]) -> _Found:
+    """The best retrieved image for a rejected response that was given."""
+    return _Found([Try(one.image.image_id, one.score, None) for one in candidates[:1]])
+
+
+def _trial(draft: Draft, candidates: Sequence[Candidate]) -> Trial:
+    assert draft.masked is not None  # noqa: S101 - only such drafts are tried
+    return Trial(draft.key, draft.record.prompt, draft.masked, candidates, draft.record.objects)
