@@ -703,3 +703,21 @@ FAMILIES: dict[str, Callable[[Path, int], Path]] = {
 def make_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a tiny checkpoint of one of FAMILIES in `folder`."""
     return FAMILIES[family](folder, seed)
+
+
+def make_tiny_sentence_encoder(folder: Path) -> Path:
+    """Save a sentence-transformers model of random weights that reads English letter by letter."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).eval().save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    modules = [Transformer(str(folder / "bert")), Pooling(16)]
+    SentenceTransformer(modules=modules).save(str(folder / "encoder"))
+    return folder / "encoder"

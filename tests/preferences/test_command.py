@@ -1,0 +1,347 @@
+"""``realign-lightning build`` as users run it: recipes, exit status, plans, several processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from realign_lightning.cli import run
+from realign_lightning.data import ShardDataset, read_index
+from realign_lightning.demos import DigitBackbone, DigitScenes
+from realign_lightning.inspection import write_page
+from tests.preferences.test_build import bytes_of, problems_of, samples_of
+from tests.tiny_models import make_tiny, make_tiny_sentence_encoder
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = ROOT / "recipes" / "build"
+ANSWERS = [
+    "A yellow flower with green leaves. It stands in front of a dark background.",
+    "A temple with a red roof beside two green trees. There are people on the stairs.",
+]
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def build(*arguments: str) -> int:
+    """Exit status of the command, in this process."""
+    try:
+        run(["build", *arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def digits(*arguments: str, scenes: int = 12) -> int:
+    recipe = str(RECIPES / "digits.yaml")
+    return build("--config", recipe, "--source.init_args.scenes", str(scenes), "--output", "pairs", *arguments)
+
+
+def photographs(folder: Path, answers: bool) -> None:
+    """Twelve pieces of two real photographs as JPEG files."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number, name in enumerate(("flower.jpg", "china.jpg")):
+        whole = Image.fromarray(load_sample_image(name))
+        for piece in range(6):
+            left, top = 100 * (piece % 3), 150 * (piece // 3)
+            file = f"{name.removesuffix('.jpg')}{piece}.jpg"
+            whole.crop((left, top, left + 320, top + 240)).save(folder / file, quality=90)
+            lines.append(json.dumps({"file_name": file, "prompt": "What is it?", "answer": ANSWERS[number]}))
+    if answers:
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+# ---- recipes
+
+
+def test_digit_pairs_are_built_looked_at_and_trained_on(inside, capsys):
+    assert digits() == 0
+    report = capsys.readouterr().out
+    pairs = samples_of(Path("pairs"))
+    assert re.search(rf"^pairs +{len(pairs)}$", report, re.MULTILINE)
+    assert 12 < len(pairs) <= 24
+    assert len(ShardDataset("pairs", DigitBackbone())) == len(pairs)
+    assert write_page("pairs", "page.html").pairs == len(pairs)
+    index = read_index("pairs")
+    assert index.built_with["source"]["init_args"]["scenes"] == 12
+    assert index.built_with["backbone"]["class_path"] == "realign_lightning.demos.DigitBackbone"
+    card = Path("pairs/README.md").read_text()
+    assert "# Digit scenes" in card
+    assert "DigitScenes" in card
+    assert str(inside) not in card
+    before = bytes_of(Path("pairs"))
+    assert digits() == 0
+    assert "asked in this run, complete             0" in capsys.readouterr().out
+    assert bytes_of(Path("pairs")) == before
+
+
+def test_a_folder_of_pictures_and_nothing_else(inside, capsys):
+    """The policy describes them, hallucinates on others, and pairs come out; one file is no picture."""
+    Path("pictures").mkdir()
+    for number in range(16):
+        DigitScenes(16).world.scene(number).image.save(f"pictures/{number}.png")
+    Path("pictures/broken.jpg").write_bytes(b"no picture")
+    source = ["--source", "realign_lightning.data.sources.ImageFolder", "--source.init_args.path", "pictures"]
+    source += ["--source.init_args.prompt", "describe the image ."]
+    responder = ["--builder.responder", "realign_lightning.preferences.LocalEngine"]
+    responder += ["--builder.responder.init_args.max_new_tokens", "48"]
+    recipe = ["--config", str(RECIPES / "digits.yaml"), "--output", "pairs"]
+    status = build(*recipe, *source, *responder)
+    pairs = samples_of(Path("pairs"))
+    assert status == 3, "the exit status tells of the broken file"
+    assert "broken.jpg" in json.dumps(problems_of(Path("pairs")))
+    assert len(pairs) >= 8
+    assert all(sample.provenance["given"] == [] for sample in pairs.values())
+    out = capsys.readouterr()
+    assert "asked in this run, answer" in out.out
+    assert "1 records or images could not be used" in out.err
+
+
+def test_photographs_by_their_recipe(inside, tmp_path_factory):
+    photographs(Path("data/photos"), answers=True)
+    checkpoint = make_tiny("smolvlm", tmp_path_factory.mktemp("photos") / "smolvlm")
+    encoder = make_tiny_sentence_encoder(tmp_path_factory.mktemp("photos") / "encoder")
+    arguments = ["--config", str(RECIPES / "photos.yaml"), "--backbone.init_args.path", str(checkpoint)]
+    arguments += ["--builder.gate.init_args.similarity.init_args.model", str(encoder)]
+    # Texts are nearly alike to random weights.
+    assert build(*arguments, "--builder.gate.init_args.tau", "0.99999") == 0
+    pairs = samples_of(Path("data/photo_pairs"))
+    assert pairs
+    for sample in pairs.values():
+        # Masks with nothing between them are one blank.
+        masked = re.sub(r"\[MASK\](?:\s+\[MASK\])+", "[MASK]", sample.provenance["masked"])
+        pattern = re.escape(masked).replace(re.escape("[MASK]"), "(.+?)")
+        assert re.fullmatch(pattern, sample.rejected, re.DOTALL), "all that was not masked is verbatim"
+        assert sample.image.size == (320, 240)
+    files = {path.read_bytes() for path in Path("data/photos").glob("*.jpg")}
+    members = [data for name, data in stored_members(Path("data/photo_pairs")).items() if ".image." in name]
+    assert set(members) <= files, "photographs pass through as they are"
+
+
+def stored_members(folder: Path) -> dict[str, bytes]:
+    from realign_lightning.data.scan import scan_shard
+
+    found = {}
+    for shard in sorted(folder.glob("*.tar")):
+        for stored in scan_shard(shard):
+            found |= stored.read()
+    return found
+
+
+def test_photographs_without_answers_of_a_policy_that_babbles(inside, tmp_path_factory, capsys):
+    """A model of random weights never ends its answers: all are left out, and the exit status says so."""
+    photographs(Path("data/photos"), answers=False)
+    checkpoint = make_tiny("smolvlm", tmp_path_factory.mktemp("photos") / "smolvlm")
+    encoder = make_tiny_sentence_encoder(tmp_path_factory.mktemp("photos") / "encoder")
+    arguments = ["--config", str(RECIPES / "photos.yaml"), "--backbone.init_args.path", str(checkpoint)]
+    arguments += ["--builder.gate.init_args.similarity.init_args.model", str(encoder)]
+    assert build(*arguments, "--builder.responder.init_args.max_new_tokens", "5") == 1
+    named = problems_of(Path("data/photo_pairs"))
+    assert len(named) == 12
+    assert all("max_new_tokens" in line["detail"] for line in named.values())
+    assert "no pair came out" in capsys.readouterr().err
+
+
+class Marker(BaseHTTPRequestHandler):
+    """Marks the second word of every answer that it is asked to mask; is busy at first."""
+
+    asked = 0
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked += 1
+        if self.asked == 1:
+            return self.reply(429, {"error": {"message": "busy"}})
+        text = body["messages"][-1]["content"][-1]["text"]
+        word = re.findall(r"Answer: (.*)\nReply:", text)[-1].split()[1]
+        content = json.dumps([{"text": word, "kind": "object"}])
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 50, "completion_tokens": 10, "total_tokens": 60}
+        return self.reply(
+            200,
+            {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage},
+        )
+
+    def reply(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Marker)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_the_papers_setting_by_its_recipe(inside, tmp_path_factory, tiny_llava, endpoint):
+    """Masks by an endpoint, images by a timm model, completions by the policy; random weights never end an answer."""
+    photographs(Path("data/coco/train2014"), answers=False)
+    rows = [
+        {
+            "id": str(number),
+            "image": path.name,
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat is it?"},
+                {"from": "gpt", "value": "a red bus stands beside two people."},
+            ],
+        }
+        for number, path in enumerate(sorted(Path("data/coco/train2014").iterdir()))
+    ]
+    Path("data/llava_instruct_150k.json").write_text(json.dumps(rows))
+    encoder = make_tiny_sentence_encoder(tmp_path_factory.mktemp("paper") / "encoder")
+    tower = ["--builder.retriever.init_args.encoder.init_args.model", "vit_tiny_patch16_224"]
+    tower += ["--builder.retriever.init_args.encoder.init_args.pretrained", "false"]
+    arguments = ["--config", str(RECIPES / "llava_instruct.yaml"), "--trainer.accelerator", "cpu", *tower]
+    arguments += ["--backbone.init_args.path", str(tiny_llava), "--backbone.init_args.dtype", "float32"]
+    arguments += ["--builder.masker.init_args.engine.init_args.base_url", endpoint]
+    arguments += ["--builder.gate.init_args.similarity.init_args.model", str(encoder)]
+    arguments += ["--builder.completer.init_args.engine.init_args.max_new_tokens", "6"]
+    assert build(*arguments) == 1
+    named = problems_of(Path("data/realign_llava/train"))
+    assert len(named) == 12
+    assert {line["reason"] for line in named.values()} == {"no completion accepted"}
+    assert {line["detail"] for line in named.values()} == {", ".join(["unfinished"] * 10)}
+    (masks,) = Path("data/realign_llava/train.work/masks").glob("*/*.jsonl")
+    assert json.loads(masks.read_text().splitlines()[0]).popitem()[1] == [[2, 5, "object"]]
+
+
+def test_rejected_images_for_pairs_of_rlaif_v_by_its_recipe(inside, tiny_llava):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    photographs(Path("photos"), answers=False)
+    columns = {
+        "question": ["what is it?"] * 12,
+        "chosen": ["a flower.", "a temple."] * 6,
+        "rejected": ["a dog."] * 12,
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(Path("photos").iterdir())],
+    }
+    Path("data/rlaif_v").mkdir(parents=True)
+    pq.write_table(pa.table(columns), "data/rlaif_v/part.parquet")
+    arguments = ["--config", str(RECIPES / "rlaif_v.yaml"), "--trainer.accelerator", "cpu"]
+    arguments += ["--backbone.init_args.path", str(tiny_llava), "--backbone.init_args.dtype", "float32"]
+    assert build(*arguments, "--builder.calibrate", "false") == 0
+    pairs = samples_of(Path("data/rlaif_v_pairs"))
+    assert len(pairs) == 12
+    for sample in pairs.values():
+        assert sample.rejected == "a dog."
+        assert sample.provenance["given"] == ["chosen", "rejected"]
+        assert sample.provenance["retrieval_rank"] == 0
+        assert sample.image.tobytes() != sample.retrieved.tobytes()
+    status = build(*arguments)
+    (band,) = Path("data/rlaif_v_pairs.work/bands").glob("*/*.jsonl")
+    ((end, _, _),) = [value for line in band.read_text().splitlines() for value in json.loads(line).values()]
+    scores = [sample.provenance["retrieval_score"] for sample in samples_of(Path("data/rlaif_v_pairs")).values()]
+    assert status in (0, 1), "a band may leave nothing"
+    assert status == 1 or max(scores) < end
+
+
+# ---- plans
+
+
+def test_a_plan_counts_all_and_writes_nothing(inside, capsys):
+    prices = ["--price_per_million_read", "2.0", "--price_per_million_written", "8.0"]
+    assert digits("--dry-run", *prices, scenes=60) == 0
+    assert list(inside.iterdir()) == []
+    plan = dict(re.findall(r"^(\S.*?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    numbers = {name: float(value.replace(",", "")) for name, value in plan.items()}
+    assert numbers["records"] == numbers["rejected responses to make"] == 120
+    assert numbers["images to retrieve from"] == 60
+    assert numbers["rows that cannot be read"] == numbers["chosen responses to generate"] == 0
+    assert 60 <= numbers["pairs to expect"] <= 120
+    assert 120 <= numbers["calls, complete"] <= 120 * 10
+    assert numbers["hours"] > 0
+    # 16 image tokens, and a few words.
+    assert 20 < numbers["tokens read"] / numbers["calls, complete"] < 60
+    cost = (numbers["tokens read"] * 2 + numbers["tokens written"] * 8) / 1e6
+    assert numbers["cost"] == pytest.approx(cost, abs=0.005)
+
+
+def test_a_plan_is_near_what_the_build_then_takes(inside, capsys):
+    digits("--dry-run", scenes=60)
+    plan = capsys.readouterr().out
+    digits(scenes=60)
+    report = capsys.readouterr().out
+    planned = float(re.search(r"calls, complete +([\d,]+)", plan)[1].replace(",", ""))
+    asked = float(re.search(r"completions tried +([\d,]+)", report)[1].replace(",", ""))
+    assert planned == pytest.approx(asked, rel=0.5)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--builder.gate.init_args.scope", "word"], "scope"),
+        (["--source.init_args.scenes", "1"], "at least 2"),
+        (["--source", "NoSuchSource"], "NoSuchSource"),
+        (["--builder.batches", "0"], "batches"),
+        (["--builder.masker.init_args.fraction", "2"], "fraction"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(inside, arguments, message, capsys):
+    try:
+        status, told = digits(*arguments), ""
+    except ValueError as error:
+        status, told = 1, str(error)
+    assert status != 0
+    assert message in told + capsys.readouterr().err
+    assert list(inside.iterdir()) == []
+
+
+def test_without_a_policy_it_says_what_is_missing(inside):
+    with pytest.raises(ValueError, match="give `backbone`"):
+        digits("--backbone", "null")
+
+
+# ---- several processes
+
+
+def in_processes(output: str, *arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
+    command += ["--source.init_args.scenes", "20", "--output", output, *arguments]
+    subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_build_what_one_does(inside, strategy):
+    file = str(ROOT / "configs" / "strategies" / "fsdp2.yaml") if strategy == "fsdp2" else strategy
+    in_processes("one")
+    in_processes("two", "--trainer.devices", "2", "--trainer.strategy", file)
+    one, two = samples_of(Path("one")), samples_of(Path("two"))
+    assert list(one) == list(two)
+    for key, sample in one.items():
+        other = two[key]
+        assert (other.rejected, other.provenance["tried"]) == (sample.rejected, sample.provenance["tried"])
+        assert other.retrieved.tobytes() == sample.retrieved.tobytes()
+    (answers,) = Path("two.work/answers").iterdir()
+    assert len(list(answers.glob("rank-*.jsonl"))) == 2, "both have asked"
+    if strategy == "ddp":
+        assert bytes_of(Path("one")) == bytes_of(Path("two"))
+    again = bytes_of(Path("two"))
+    in_processes("two")
+    assert bytes_of(Path("two")) == again, "one process goes on where two have been"
