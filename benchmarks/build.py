@@ -77,6 +77,8 @@ CONTRADICTING, AGREEING = 0.95, 1.0
 LARGER = Shape("llava-30m", "llava", 512, 8, 8, 8, 1408, 320, 256, 4, 4, 1024, (((8, 8), (8, 8)),), response=64)
 """Answers that are written token by token by 30 million parameters; the shipped policy has few."""
 
+_SHAPES = {LARGER.name: LARGER, **SHAPES}
+
 ANSWERS = ("tuning", "held_out")
 """Files of annotated answers."""
 
@@ -324,13 +326,16 @@ class Tried(NamedTuple):
     completion: str
 
 
-def measure_gates(scenes: int, model: str | None = None, long_words: int = 30) -> dict[str, Any]:
+def measure_gates(
+    scenes: int, model: str | None = None, long_words: int = 30, folder: Path | None = None
+) -> dict[str, Any]:
     """Acceptance by tau and scope, of tries on digit scenes and on annotated answers.
 
     Args:
         scenes: of digits.
         model: folder or name of a sentence encoder; None compares by words only.
         long_words: an answer of at least so many words is long.
+        folder: where temporary files go.
     """
     answers = [answer for name in ANSWERS for answer in read_annotated(name)]
     tries = swapped(answers)
@@ -342,16 +347,18 @@ def measure_gates(scenes: int, model: str | None = None, long_words: int = 30) -
         for length, is_long in (("long", True), ("short", False)):
             some = [one for one in tries if (len(one.masked.response.split()) >= long_words) == is_long]
             parts.append({"similarity": name, "length": length, **judged(some, similarity)})
-    return {"scenes": scenes, "digits": judged(digit_tries(scenes), WordOverlap()), "answers": parts, "model": model}
+    digits = judged(digit_tries(scenes, folder), WordOverlap())
+    return {"scenes": scenes, "digits": digits, "answers": parts, "model": model}
 
 
-def digit_tries(scenes: int) -> list[Tried]:
+def digit_tries(scenes: int, folder: Path | None = None) -> list[Tried]:
     """What the shipped policy makes of all similar images, for every record of some digit scenes.
 
     Args:
         scenes: how many.
+        folder: where temporary files go.
     """
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
         # Nothing is below 0, so that no image is left out because one before it was good enough.
         run = Run(digit_builder(tau=0.0).stages, Path(own), Policy(DigitBackbone()), shows=False)
         run.read(DigitScenes(scenes), None)
@@ -363,13 +370,15 @@ def digit_tries(scenes: int) -> list[Tried]:
             for draft in run.drafts
             if draft.masked is not None
             for one in draft.tries
-            if one.attempt is not None and (text := one.attempt.text)
+            for text in ([] if one.attempt is None else [one.attempt.text])
         ]
 
 
 def _digit_change(prompt: Prompt, masked: MaskedResponse, completion: str) -> str:
     if normalise(completion) == normalise(masked.response):
         return "unchanged"
+    if not completion:
+        return "no completion"
     if _QUESTION.fullmatch(text_of(prompt)):
         return "answer to a question"
     if masked.is_whole:
@@ -423,10 +432,12 @@ def judged(tries: Sequence[Tried], similarity: Similarity) -> dict[str, Any]:
         tries: the same for all gates.
         similarity: of the gates.
     """
+    obvious = [Gate(similarity).obvious(one.masked, one.completion, MASK, None) for one in tries]
     lowest = {scope: _lowest(tries, Gate(similarity, scope=scope)) for scope in SCOPES}
     accepted = {
         (scope, tau): [
-            _accepts(Gate(similarity, tau, scope), one, value) for one, value in zip(tries, values, strict=True)
+            reason is None and Gate(similarity, tau, scope).judge([value]).reason is None
+            for reason, value in zip(obvious, values, strict=True)
         ]
         for scope, values in lowest.items()
         for tau in TAUS
@@ -474,10 +485,6 @@ def _lowest(tries: Sequence[Tried], gate: Gate) -> list[float]:
         found = gate.similarity.compare([one for one, _ in written], [other for _, other in written])
         values |= dict(zip(written, found, strict=True))
     return [min((values[pair] for pair in some), default=1.0) for some in compared]
-
-
-def _accepts(gate: Gate, one: Tried, lowest: float) -> bool:
-    return gate.obvious(one.masked, one.completion, MASK, None) is None and gate.judge([lowest]).reason is None
 
 
 def gates_table(found: Mapping[str, Any]) -> str:
@@ -696,7 +703,6 @@ def _say(what: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shapes = {**SHAPES, LARGER.name: LARGER}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=__doc__.split("\n")[0])
     parser.add_argument("--stages", action="store_true", help="time by stage")
     parser.add_argument("--batching", action="store_true", help="answers a second by batch size")
@@ -707,7 +713,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 128], metavar="N")
     parser.add_argument("--questions", type=int, default=256, help="to the digits' policy, of --batching")
     parser.add_argument("--larger-questions", type=int, default=128, help="to the larger model, of --batching")
-    parser.add_argument("--shape", type=shapes.__getitem__, default=LARGER, metavar="NAME", help="the larger model's")
+    parser.add_argument("--shape", choices=_SHAPES, default=LARGER.name, help="of the larger model")
     parser.add_argument("--similarity-model", metavar="FOLDER", help="sentence encoder, of --gates")
     parser.add_argument("--long-words", type=int, default=30, help="that an answer is long from, of --gates")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -737,12 +743,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stages": (chosen.stages, lambda: measure_stages(chosen.scenes, chosen.turns, chosen.folder), stages_table),
         "batching": (
             chosen.batching,
-            lambda: measure_batching(chosen.batch_sizes, chosen.turns, *questions, chosen.shape, chosen.folder),
+            lambda: measure_batching(
+                chosen.batch_sizes, chosen.turns, *questions, _SHAPES[chosen.shape], chosen.folder
+            ),
             batching_table,
         ),
         "gates": (
             chosen.gates,
-            lambda: measure_gates(chosen.scenes, chosen.similarity_model, chosen.long_words),
+            lambda: measure_gates(chosen.scenes, chosen.similarity_model, chosen.long_words, chosen.folder),
             gates_table,
         ),
         "contradictions": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -158,4 +159,12 @@ def _parser() -> LightningArgumentParser:
 def _told(config: Any) -> dict[str, Any]:
     """What index and card tell of the recipe: what pairs depend on, not where things lie or what computes them."""
     plain = config.clone(with_meta=False).as_dict()
-    return {name: plain[name] for name in ("source", "backbone", "pool") if plain.get(name) is not None}
+    return {name: _unplaced(plain[name]) for name in ("source", "backbone", "pool") if plain.get(name) is not None}
+
+
+def _unplaced(value: Any) -> Any:
+    """Settings that are published tell no folders of this machine."""
+    if isinstance(value, dict):
+        return {name: _unplaced(inner) for name, inner in value.items()}
+    is_absolute = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_absolute else value

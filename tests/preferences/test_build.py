@@ -395,6 +395,17 @@ class OneIn(WordOverlap):
         return [0.5 if sum(map(ord, one + other)) % self.count == 0 else 1.0 for one, other in zip(first, second)]  # noqa: B905
 
 
+def test_two_outputs_share_finished_work(tmp_path):
+    rows, work = Listed(*map(record, range(12))), tmp_path / "work"
+    strict = Gate(OneIn(3))
+    for _ in range(2):
+        first, second = Eyes(), Eyes()
+        builder(first).build(rows, tmp_path / "loose", work=work)
+        builder(second, gate=strict).build(rows, tmp_path / "strict", work=work)
+    assert first.asked == second.asked == []
+    assert samples_of(tmp_path / "loose").keys() >= samples_of(tmp_path / "strict").keys()
+
+
 def test_an_extended_source_costs_what_is_new_and_gives_what_a_fresh_build_gives(tmp_path):
     output = tmp_path / "pairs"
     first, second, fresh = Eyes(), Eyes(), Eyes()

@@ -93,7 +93,8 @@ def test_a_folder_of_pictures_and_nothing_else(inside, capsys):
     for number in range(16):
         DigitScenes(16).world.scene(number).image.save(f"pictures/{number}.png")
     Path("pictures/broken.jpg").write_bytes(b"no picture")
-    source = ["--source", "realign_lightning.data.sources.ImageFolder", "--source.init_args.path", "pictures"]
+    pictures = str(Path("pictures").absolute())
+    source = ["--source", "realign_lightning.data.sources.ImageFolder", "--source.init_args.path", pictures]
     source += ["--source.init_args.prompt", "describe the image ."]
     responder = ["--builder.responder", "realign_lightning.preferences.LocalEngine"]
     responder += ["--builder.responder.init_args.max_new_tokens", "48"]
@@ -104,6 +105,9 @@ def test_a_folder_of_pictures_and_nothing_else(inside, capsys):
     assert "broken.jpg" in json.dumps(problems_of(Path("pairs")))
     assert len(pairs) >= 8
     assert all(sample.provenance["given"] == [] for sample in pairs.values())
+    published = b"".join(bytes_of(Path("pairs")).values())
+    assert b"ImageFolder" in published
+    assert str(inside).encode() not in published, "no folder of this machine is published"
     out = capsys.readouterr()
     assert "asked in this run, answer" in out.out
     assert "1 records or images could not be used" in out.err

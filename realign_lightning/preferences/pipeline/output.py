@@ -25,6 +25,9 @@ from realign_lightning.types import PreferenceSample, SampleError
 
 _OURS = re.compile(rf"index\.json|shard-\d{{6}}\.tar|README(\.new)?\.md|{PICTURES}")
 _WRITTEN = "written.json"
+_LONGEST_SHOWN = 200
+"""Characters of a setting on the card."""
+
 _UNREAD = Image.new("RGB", (1, 1))
 """Stands where a sample wants a decoded image although its file is given."""
 
@@ -44,10 +47,14 @@ def check_output(target: Path, work: Path, overwrite: bool) -> None:
 
 
 def _is_own(target: Path, work: Path) -> bool:
-    index, written = target / INDEX_NAME, work / _WRITTEN
-    if not (index.is_file() and written.is_file()):
-        return False
-    return bool(json.loads(written.read_bytes()).get("index_sha256") == hash_bytes(index.read_bytes()))
+    index = target / INDEX_NAME
+    return index.is_file() and _written(work).get(str(target)) == hash_bytes(index.read_bytes())
+
+
+def _written(work: Path) -> dict[str, str]:
+    """SHA-256 of the index that each output got from this work folder."""
+    path = work / _WRITTEN
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
 
 class Output:
@@ -88,12 +95,12 @@ class Output:
             self._write_shards(staging, run, settings)
             if run.report.pairs:
                 self._keep_card(staging)
-                write_card(staging, run.report.facts(settings), title)
+                write_card(staging, run.report.facts(_shortened(settings)), title)
             run.report.problems = self._write_problems(run)
             if run.report.pairs:
                 digest = hash_bytes((staging / INDEX_NAME).read_bytes())
                 publish_folder(staging, self.target)
-                write_json(self.work / _WRITTEN, {"index_sha256": digest})
+                write_json(self.work / _WRITTEN, {**_written(self.work), str(self.target): digest})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -156,6 +163,16 @@ class Output:
             for one in (*run.others, *left_out, *run.strays):
                 file.write(json.dumps({"where": one.where, "reason": one.reason, "detail": one.detail}) + "\n")
         return publish_problems(self.target, partial)
+
+
+def _shortened(value: Any) -> Any:
+    """Settings as a card shows them: without whole chat templates."""
+    if isinstance(value, Mapping):
+        return {name: _shortened(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner) for inner in value]
+    is_long = isinstance(value, str) and len(value) > _LONGEST_SHOWN
+    return f"{value[:_LONGEST_SHOWN]}... ({len(value)} characters, in index.json)" if is_long else value
 
 
 def _told(rank: int, one: Try) -> dict[str, Any]:
