@@ -381,8 +381,6 @@ def _digit_change(prompt: Prompt, masked: MaskedResponse, completion: str) -> st
         return "no completion"
     if _QUESTION.fullmatch(text_of(prompt)):
         return "answer to a question"
-    if masked.is_whole:
-        return "caption written anew"
     pairs = zip(masked.response.split(), completion.split(), strict=False)
     changed = sum(one != other for one, other in pairs)
     return f"caption, {changed} digit{'s' if changed > 1 else ''} changed"
@@ -581,7 +579,7 @@ def truths(prompt: str, response: str, scene: Scene) -> list[bool] | None:
         if not ends or rest or not all(phrases):
             return None
         shown = {(placed.colour, placed.digit, placed.cell) for placed in scene.digits}
-        return [phrase.groups() in shown for phrase in phrases if phrase is not None]
+        return [phrase.groups()[1] in str(shown) for phrase in phrases if phrase is not None]
     if response == "no .":
         return [all(placed.digit != asked[1] for placed in scene.digits)]
     said = _YES.fullmatch(response)

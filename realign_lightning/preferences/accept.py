@@ -8,10 +8,13 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from realign_lightning.backbones.files import hash_texts
 from realign_lightning.data.schema import check_response
+from realign_lightning.data.shards import file_sha256
 from realign_lightning.metrics.functional.chair import CaptionParser
 from realign_lightning.preferences.masking.base import MaskedResponse
 from realign_lightning.preferences.masking.sentences import sentence_bounds
@@ -72,10 +75,15 @@ class SentenceSimilarity(Similarity):
         self.revision = revision
         self._encoder: Any = None
 
-    @property
+    @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """The model's name and revision."""
-        return {**super().identity, "model": self.model, "revision": self.revision}
+        """The model: of a folder its content, of the hub its name and revision."""
+        folder = Path(self.model)
+        kind = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+        if not folder.is_dir():
+            return {**kind, "model": self.model, "revision": self.revision}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {**kind, "content": hash_texts({str(path.relative_to(folder)): file_sha256(path) for path in files})}
 
     def compare(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
         """Cosine similarity of the embeddings."""

@@ -124,10 +124,13 @@ class PreferenceBuilder:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder, staging_folder(target)):
             run = Run(self.stages, folder, policy, show_progress)
-            run.read(source, pool)
-            run.respond()
-            run.mask()
-            run.complete(run.retrieve())
+            try:
+                run.read(source, pool)
+                run.respond()
+                run.mask()
+                run.complete(run.retrieve())
+            finally:
+                run.close()
             if rank_and_world_size()[0] == 0:
                 self._write(run, target, title, dict(settings or {}))
             report: BuildReport = gather(run.report)[0]

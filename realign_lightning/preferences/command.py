@@ -83,7 +83,7 @@ def main(args: Sequence[str]) -> None:
     parser = _parser()
     config = parser.parse_args(list(args))
     settings = _told(config)
-    parts = parser.instantiate_classes(config)
+    parts = parser.instantiate(config)
     builder: PreferenceBuilder = parts.builder
     if config.dry_run:
         prices = Prices(config.price_per_million_read, config.price_per_million_written)
@@ -97,7 +97,7 @@ def main(args: Sequence[str]) -> None:
             places = (parts.output, policy, parts.pool, parts.work)
             return builder.build(parts.source, *places, parts.title, settings, parts.overwrite)
 
-    trainer = pl.Trainer(**{**config.trainer.as_dict(), **_QUIET, "strategy": parts.trainer.strategy})
+    trainer = pl.Trainer(**{**vars(parts.trainer), **_QUIET})
     module = BuildModule(run, parts.backbone)
     trainer.predict(module, return_predictions=False)
     if trainer.is_global_zero:

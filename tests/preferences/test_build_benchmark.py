@@ -77,7 +77,7 @@ def encoder(tmp_path_factory):
 def printed_and_found(tmp_path_factory, encoder):
     folder = tmp_path_factory.mktemp("build")
     modes = ["--stages", "--batching", "--gates", "--contradictions", "--scenes", "10", "--turns", "2"]
-    sizes = ["--batch-sizes", "4", "--questions", "6", "--larger-questions", "5", "--shape", "tiny"]
+    sizes = ["--batch-sizes", "4", "--questions", "6", "--larger-questions", "30", "--shape", "tiny"]
     files = ["--json", str(folder / "found.json"), "--plot", str(folder / "gates.png")]
     printed = run(*modes, *sizes, *files, "--similarity-model", str(encoder))
     return printed, json.loads((folder / "found.json").read_text()), folder / "gates.png"
@@ -119,9 +119,9 @@ def test_stages(found):
 
 def test_batching(found):
     digits, larger = found["batching"]
-    assert (digits["questions"], larger["questions"]) == (6, 5)
+    assert (digits["questions"], larger["questions"]) == (6, 30)
     # The tiny shape's answers; no drawn end of a response may end one.
-    assert larger["new_tokens"] == 5 * 12
+    assert larger["new_tokens"] == 30 * 12
     for work in (digits, larger):
         assert [size["batch_size"] for size in work["sizes"]] == [1, 4]
         assert [size["differ"] for size in work["sizes"]] == [0, 0]
@@ -235,6 +235,8 @@ def test_gates(printed_and_found, encoder):
     gates = found["gates"]
     assert gates["digits"]["records"] == 2 * 10
     assert gates["digits"]["changes"][-1]["tries"] > 20 * 5
+    # The digits' own gate leaves the pairs that a build makes.
+    assert gates["digits"]["paired"]["response"]["0.95"] == found["stages"]["pairs"]
     parts = {(part["similarity"], part["length"]): part for part in gates["answers"]}
     assert [part["records"] for part in gates["answers"]] == [14, 26, 14, 26]
     for part in gates["answers"]:

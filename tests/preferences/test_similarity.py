@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from realign_lightning.preferences import SentenceSimilarity, WordOverlap
+from tests.tiny_models import make_tiny_sentence_encoder
 
 
 def test_word_overlap():
@@ -38,6 +39,15 @@ def test_sentence_similarity_is_the_cosine_of_mean_pooled_embeddings(tmp_path):
     assert similarities == pytest.approx(expected, abs=1e-5)
     assert similarities[1] == pytest.approx(1)
     assert similarities[0] < 0.999
+
+
+def test_identity_is_the_model_not_its_place(tmp_path):
+    folders = [make_tiny_sentence_encoder(tmp_path / name) for name in ("one", "two", "three")]
+    with (folders[2] / "modules.json").open("a") as file:
+        file.write(" ")
+    one, two, three = (SentenceSimilarity(str(folder)).identity for folder in folders)
+    assert one == two != three
+    assert SentenceSimilarity("a/b").identity != SentenceSimilarity("a/b", revision="c").identity
 
 
 def test_sentence_similarity_names_the_extra_it_needs(monkeypatch):

@@ -87,6 +87,7 @@ class Run:
         self.album = Album()
         self.dimension = 0
         self._has_retrieved = False
+        self._memos: list[Memo] = []
         self._shows = shows and rank_and_world_size()[0] == 0
         self._retriever = stages.retriever
         self._encoder = stages.retriever.encoder
@@ -197,6 +198,11 @@ class Run:
         """Drafts that lack a rejected response or a retrieved image and were not given up, in order."""
         return [draft for draft in still_open(self.drafts) if draft.lacks_pair]
 
+    def close(self) -> None:
+        """Bring what was finished to the disk."""
+        for memo in self._memos:
+            memo.close()
+
     # ---- parts
 
     def identities(self) -> dict[str, Any]:
@@ -266,7 +272,9 @@ class Run:
                 draft.leave_out("no completion accepted", reasons)
 
     def _memo(self, stage: str, identity: Mapping[str, Any]) -> Memo:
-        return Memo(self.work, stage, identity, rank_and_world_size()[0])
+        memo = Memo(self.work, stage, identity, rank_and_world_size()[0])
+        self._memos.append(memo)
+        return memo
 
     def _bar(self, total: int) -> Any:
         return tqdm(total=total, desc="complete", unit="record", disable=not self._shows or not total)
