@@ -579,7 +579,7 @@ def truths(prompt: str, response: str, scene: Scene) -> list[bool] | None:
         if not ends or rest or not all(phrases):
             return None
         shown = {(placed.colour, placed.digit, placed.cell) for placed in scene.digits}
-        return [phrase.groups()[1] in str(shown) for phrase in phrases if phrase is not None]
+        return [phrase.groups() in shown for phrase in phrases if phrase is not None]
     if response == "no .":
         return [all(placed.digit != asked[1] for placed in scene.digits)]
     said = _YES.fullmatch(response)

@@ -107,7 +107,7 @@ class Output:
     def _write_shards(self, staging: Path, run: Run, settings: Mapping[str, Any]) -> None:
         writer = ShardWriter(staging, self.samples_per_shard)
         try:
-            for draft in tqdm(list(still_open(run.drafts)), desc="write", unit="pair", delay=1):
+            for draft in tqdm(list(still_open(run.drafts)), desc="write", unit="pair", delay=1, disable=not run.shows):
                 try:
                     self._write_pair(writer, draft, run.album)
                 except SampleError as error:

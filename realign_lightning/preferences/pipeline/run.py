@@ -88,7 +88,7 @@ class Run:
         self.dimension = 0
         self._has_retrieved = False
         self._memos: list[Memo] = []
-        self._shows = shows and rank_and_world_size()[0] == 0
+        self.shows = shows and rank_and_world_size()[0] == 0
         self._retriever = stages.retriever
         self._encoder = stages.retriever.encoder
         if policy is not None:
@@ -111,16 +111,16 @@ class Run:
         """
         with self._timed("read"):
             spill = self.work / "images"
-            self.drafts, self.others = read_drafts(source, spill, self._shows)
+            self.drafts, self.others = read_drafts(source, spill, self.shows)
             images, self.strays = ([], []) if pool is None else read_pool(pool, spill)
         self._check_parts()
         with self._timed("check"):
-            self.album = check_images(self.drafts, images, self._memo("images", {"schema": _SCHEMA}), self._shows)
+            self.album = check_images(self.drafts, images, self._memo("images", {"schema": _SCHEMA}), self.shows)
             broken = {image.image_id for image in images} & self.album.problems.keys()
             self.strays += [LeftOut(name, "image cannot be used", self.album.problems[name]) for name in sorted(broken)]
             policy = self.policy if any(self._needs_completion(self.drafts)) else None
             identity = {"schema": _SCHEMA, "policy": None if policy is None else policy.identity}
-            check_texts(self.drafts, policy, self._memo("texts", identity), self._shows)
+            check_texts(self.drafts, policy, self._memo("texts", identity), self.shows)
 
     def respond(self) -> None:
         """Generate chosen responses that are missing."""
@@ -129,14 +129,14 @@ class Run:
         if responder is not None and any(draft.record.chosen is None for draft in still_open(self.drafts)):
             book = AnswerBook(responder, self._memo("responses", {"engine": dict(responder.identity), "seed": seed}))
         with self._timed("answer", book):
-            write_responses(self.drafts, self.album, book, self.stages.gate, seed, self._shows)
+            write_responses(self.drafts, self.album, book, self.stages.gate, seed, self.shows)
 
     def mask(self) -> None:
         """Mask chosen responses."""
         masker = self.stages.masker
         if any(self._needs_completion(still_open(self.drafts))):
             with self._timed("mask"):
-                mask_responses(self.drafts, masker, self._memo("masks", masker.identity), self._shows)
+                mask_responses(self.drafts, masker, self._memo("masks", masker.identity), self.shows)
 
     def retrieve(self) -> dict[str, list[Neighbour]]:
         """Find similar images for this rank's share of :meth:`unfinished`.
@@ -164,7 +164,7 @@ class Run:
             memo = self._memo("neighbours", self._neighbourhood)
             mine = [draft for draft in share(self.unfinished()) if draft.record.retrieved is None]
             queries = [draft.record.image.image_id for draft in mine]
-            return find_neighbours(queries, self.album, self._retriever, store, memo, self._shows)
+            return find_neighbours(queries, self.album, self._retriever, store, memo, self.shows)
 
     def complete(self, neighbours: Mapping[str, Sequence[Neighbour]]) -> None:
         """Complete masked responses on similar images, in order of rank, until one is accepted.
@@ -277,7 +277,7 @@ class Run:
         return memo
 
     def _bar(self, total: int) -> Any:
-        return tqdm(total=total, desc="complete", unit="record", disable=not self._shows or not total)
+        return tqdm(total=total, desc="complete", unit="record", disable=not self.shows or not total)
 
     @contextmanager
     def _timed(self, stage: str, book: AnswerBook | None = None) -> Iterator[None]:
