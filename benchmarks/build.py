@@ -364,13 +364,11 @@ def digit_tries(scenes: int, folder: Path | None = None) -> list[Tried]:
         run.read(DigitScenes(scenes), None)
         run.respond()
         run.mask()
-        run.complete(run.retrieve())
         return [
-            Tried(draft.key, _digit_change(draft.record.prompt, draft.masked, text), draft.masked, text)
-            for draft in run.drafts
-            if draft.masked is not None
-            for one in draft.tries
-            for text in ([] if one.attempt is None else [one.attempt.text])
+            Tried(trial.key, _digit_change(trial.prompt, trial.masked, attempt.text), trial.masked, attempt.text)
+            for outcome in run.runner().run(run.trials(run.retrieve()))
+            for trial in [outcome.trial]
+            for attempt in outcome.attempts
         ]
 
 

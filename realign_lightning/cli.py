@@ -236,16 +236,21 @@ def main() -> None:
     try:
         run()
     except (ValueError, OSError, ImportError, BadDataError) as error:
-        if os.environ.get("REALIGN_TRACEBACK") or not _is_refusal(error):
+        refusal = _refusal_in(error)
+        if os.environ.get("REALIGN_TRACEBACK") or refusal is None:
             raise
-        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        message = "\n".join([str(refusal), *getattr(refusal, "__notes__", [])])
         sys.exit(f"error: {message}\n(REALIGN_TRACEBACK=1 shows where this arose.)")
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """Whether an error was raised by this package itself."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent)
+def _refusal_in(error: BaseException | None) -> BaseException | None:
+    """The error that this package itself raised, which others may have taken for a reason of theirs."""
+    while error is not None:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).is_relative_to(Path(__file__).parent):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def run(args: Sequence[str] | None = None) -> RealignCLI | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +13,27 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+_PATIENCE = timedelta(days=7)
+"""How long ranks wait for one that does work for all of them, such as writing."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+_talking: tuple[Any, Any] | None = None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process counts as the only one, for work that one rank does while the others wait."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's place among those that train together."""
+    if _alone.get():
+        return 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -28,8 +49,17 @@ def gather(value: Any) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_group())
     return values
+
+
+def _group() -> Any:
+    """The ranks' own line for objects: it goes through host memory, and does not lose its patience."""
+    global _talking
+    world = torch.distributed.group.WORLD
+    if _talking is None or _talking[0] is not world:
+        _talking = (world, torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+    return _talking[1]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

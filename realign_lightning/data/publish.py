@@ -19,6 +19,7 @@ def check_target(target: Path, overwrite: bool, ours: re.Pattern[str]) -> None:
         FileExistsError: if there is a file, a folder with anything else in it, or an earlier output and ``overwrite``
             is False.
     """
+    restore_folder(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -47,12 +48,28 @@ def publish_folder(staging: Path, target: Path) -> None:
         staging: the finished folder, beside the target.
         target: where it goes.
     """
-    replaced = target.parent / f".{target.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
+    replaced = _replaced(target)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     if target.exists():
         target.rename(replaced)
     staging.rename(target)
+    # What is left of it is hidden, and goes with the next output.
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Put back a folder that was taken away when its successor's writer was killed.
+
+    Args:
+        target: where it was.
+    """
+    if not target.exists() and _replaced(target).exists():
+        _replaced(target).rename(target)
+
+
+def _replaced(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
 
 
 def publish_problems(target: Path, written: Path) -> str | None:
@@ -69,6 +86,7 @@ def publish_problems(target: Path, written: Path) -> str | None:
     if written.stat().st_size:
         written.replace(problems)
         return str(problems)
+    written.unlink()
     # An earlier run's would be taken for this one's.
     problems.unlink(missing_ok=True)
     return None

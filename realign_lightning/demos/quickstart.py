@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from realign_lightning.preferences import (
     Retriever,
     WordOverlap,
 )
+from realign_lightning.ranks import alone
 from realign_lightning.types import PreferenceSample
 
 log = logging.getLogger(__name__)
@@ -141,15 +141,16 @@ class DigitPairs(ShardBuilder):
     def _facts(self, backbone: Backbone, split: Split, count: int) -> dict[str, Any]:
         """What the shards of a split depend on."""
         settings = {name: getattr(self, name) for name in ("skew", "mask_probability", "tau", "top_k", "seed")}
-        return {"world": _WORLD, "split": split, "scenes": count, **_policy_facts(backbone), **settings}
+        return {"world": _WORLD, "split": split, "scenes": count, "policy": dict(Policy(backbone).identity), **settings}
 
     def _build_split(self, policy: Policy, folder: str, split: Split, count: int, facts: dict[str, Any]) -> None:
         log.info("Building %s pairs from %d scenes into %s.", split, count, folder)
         ours = _built_with(folder) is not None
         source = DigitScenes(count, split, self.skew, self.seed)
-        report = digit_builder(self.mask_probability, self.tau, self.top_k, self.seed).build(
-            source, folder, policy, title="Digit scenes", settings=facts, overwrite=ours
-        )
+        builder = digit_builder(self.mask_probability, self.tau, self.top_k, self.seed)
+        # Of several processes that train, one builds while the others wait.
+        with alone():
+            report = builder.build(source, folder, policy, title="Digit scenes", settings=facts, overwrite=ours)
         if not report.pairs:
             raise ValueError(f"No pair came out, nothing was written to {folder}: {report.left_out}. Raise `tau`.")
         log.info("%s", report.as_text())
@@ -198,18 +199,6 @@ def _is_built(folder: str, facts: dict[str, Any]) -> bool:
         return True
     log.info("The pairs in %s were built with other settings or another policy: building them again.", folder)
     return False
-
-
-def _policy_facts(backbone: Backbone) -> dict[str, Any]:
-    """Which policy it is: the SHA-256 of its folder's files (weights, tokenizer, template), or its name on the hub."""
-    folder = Path(getattr(backbone, "path", ""))
-    template = getattr(backbone, "chat_template", None)
-    if not folder.is_dir():
-        return {"policy": str(folder), "revision": getattr(backbone, "revision", None), "chat_template": template}
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(file.name.encode() + file.read_bytes())
-    return {"policy_sha256": digest.hexdigest(), "chat_template": template}
 
 
 def draw_pairs(samples: Sequence[PreferenceSample]) -> Any:

@@ -158,7 +158,7 @@ class Gate:
             that say what images show, and by the CHAIR lexicon.
 
     Raises:
-        ValueError: for a scope that is none.
+        ValueError: for a scope that is none, a ``tau`` outside [-1, 1], and refusals that are no regular expressions.
     """
 
     def __init__(
@@ -171,12 +171,17 @@ class Gate:
     ) -> None:
         if scope not in get_args(Scope):
             raise ValueError(f"Expected `scope` to be one of {get_args(Scope)}, got {scope!r}.")
+        if not -1 <= tau <= 1:
+            raise ValueError(f"Expected `tau` in [-1, 1], got {tau}.")
         self.similarity = SentenceSimilarity() if similarity is None else similarity
         self.tau = tau
         self.scope: Scope = scope
         self.refusals = list(refusals)
         self.refuse_true = refuse_true
-        self._refusal = re.compile("|".join(self.refusals) or r"(?!)")
+        try:
+            self._refusal = re.compile("|".join(self.refusals) or r"(?!)")
+        except re.error as error:
+            raise ValueError(f"Expected `refusals` to be regular expressions, got {self.refusals}: {error}.") from error
 
     @property
     def identity(self) -> Mapping[str, Any]:

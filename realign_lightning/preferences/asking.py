@@ -43,7 +43,7 @@ class AnswerBook:
             Why there is no answer, by key, for questions that failed. They are not kept: the next run asks again.
 
         Raises:
-            EngineError: if the last 50 questions, or more, have all failed.
+            EngineError: if the last 50 questions, or more, have all failed, in batches of which nothing was known.
         """
         made = {key: make() for key, make in questions.items() if key not in self._memo}
         asked = {key: question for key, question in made.items() if question is not None}
@@ -52,7 +52,9 @@ class AnswerBook:
         answers = self._answer(asked)
         failures = {key: answer.error for key, answer in answers.items() if answer.error is not None}
         self._memo.add({key: list(answer[:2]) for key, answer in answers.items() if key not in failures})
-        self._failed = self._failed + len(failures) if len(failures) == len(answers) else 0
+        # Where others of the batch are known, these may be the ones that fail in every run.
+        is_down = len(failures) == len(questions)
+        self._failed = self._failed + len(failures) if is_down else 0
         if self._failed >= _PATIENCE:
             last = next(reversed(failures.values()))
             raise EngineError(

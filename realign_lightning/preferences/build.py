@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from realign_lightning.backbones.files import write_json
-from realign_lightning.data.publish import staging_folder
+from realign_lightning.data.sources import ImageFolder
 from realign_lightning.data.sources.base import Source
 from realign_lightning.preferences.accept import Gate
 from realign_lightning.preferences.completing import Completer
@@ -116,13 +116,16 @@ class PreferenceBuilder:
             EngineError: if an engine answers nothing any more; what was finished is kept.
             OSError: if the source cannot be read or the disk is full; what was finished is kept.
         """
-        target = Path(output).absolute()
-        folder = target.parent / f"{target.name}.work" if work is None else Path(work).absolute()
-        check_output(target, folder, overwrite)
+        target = Path(output).resolve()
+        folder = target.parent / f"{target.name}.work" if not work else Path(work).resolve()
+        _check_places(target, folder, source)
+        if rank_and_world_size()[0] == 0:
+            check_output(target, folder, overwrite)
+        gather(None)
         # A place that cannot be written to must show before hours of work, not after.
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder, staging_folder(target)):
+        with _locked(folder / ".lock"), _locked(target.parent / f".{target.name}.lock"):
             run = Run(self.stages, folder, policy, show_progress)
             try:
                 run.read(source, pool)
@@ -132,26 +135,41 @@ class PreferenceBuilder:
             finally:
                 run.close()
             if rank_and_world_size()[0] == 0:
-                self._write(run, target, title, dict(settings or {}))
+                self._write(run, target, title, dict(settings or {}), overwrite)
             report: BuildReport = gather(run.report)[0]
         return report
 
-    def _write(self, run: Run, target: Path, title: str, settings: Mapping[str, Any]) -> None:
-        stages = self.stages
-        output = Output(target, run.work, stages.completer.mask_token, stages.gate.scope, self.samples_per_shard)
+    def _write(self, run: Run, target: Path, title: str, settings: Mapping[str, Any], overwrite: bool) -> None:
+        mask_token, scope = self.stages.completer.mask_token, self.stages.gate.scope
+        output = Output(target, run.work, mask_token, scope, self.samples_per_shard, overwrite)
         output.write(run, {**settings, "stages": run.identities()}, title)
         write_json(run.work / "report.json", asdict(run.report))
 
 
+def _check_places(target: Path, work: Path, source: Source) -> None:
+    """Refuse places in which a build would remove its own work, or read its own output."""
+    if work.is_relative_to(target):
+        raise ValueError(f"Expected `work` outside of the output {target}, which is replaced as a whole; got {work}.")
+    if isinstance(source, ImageFolder) and (folder := Path(source.path).resolve()).is_dir():
+        for name, place in (("output", target), ("work", work)):
+            if place.is_relative_to(folder):
+                raise ValueError(
+                    f"Expected `{name}` outside of the folder of images {folder}, got {place}: pictures in it would be "
+                    "taken for images of the source."
+                )
+
+
 @contextmanager
-def _alone(work: Path, staging: Path) -> Iterator[None]:
-    """Refuse a second build on the same folders while the block runs."""
-    if rank_and_world_size()[0] != 0:
-        yield
-        return
-    with (work / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"Another build is at work in {work} (and {staging}): wait for it.") from error
+def _locked(path: Path) -> Iterator[None]:
+    """Refuse a second build on the same folder while the block runs on any rank."""
+    with path.open("w") as file:
+        if rank_and_world_size()[0] == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileExistsError(f"Another build holds {path}: wait for it, or give other folders.") from error
+        gather(None)
+        # All ranks hold it, so that none that has lost the others goes on beside a new build.
+        fcntl.flock(file, fcntl.LOCK_SH)
+        gather(None)
         yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.sources.base import Source
+from realign_lightning.preferences.asking import EngineError
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
@@ -62,8 +65,10 @@ class BuildModule(pl.LightningModule):
         policy = None
         if self._backbone is not None:
             is_sharded = self._sharded is not None
-            policy = Policy(self._backbone, self._sharded, None if is_sharded else self.device, is_sharded)
-        self.result = self._run(policy)
+            device = None if is_sharded else self.device
+            policy = Policy(self._backbone, self._sharded, device, is_sharded, str(self.trainer.precision))
+        with _stopped_by_sigterm():
+            self.result = self._run(policy)
         # Lightning takes None for a mistake.
         return batch_idx
 
@@ -80,10 +85,8 @@ def main(args: Sequence[str]) -> None:
         ValueError: for settings out of range, and as :meth:`PreferenceBuilder.build`.
         OSError: as :meth:`PreferenceBuilder.build`.
     """
-    parser = _parser()
-    config = parser.parse_args(list(args))
-    settings = _told(config)
-    parts = parser.instantiate(config)
+    config = _parser().parse_args(list(args))
+    settings, parts = _told(config), _parser().instantiate(config)
     builder: PreferenceBuilder = parts.builder
     if config.dry_run:
         prices = Prices(config.price_per_million_read, config.price_per_million_written)
@@ -99,10 +102,46 @@ def main(args: Sequence[str]) -> None:
 
     trainer = pl.Trainer(**{**vars(parts.trainer), **_QUIET})
     module = BuildModule(run, parts.backbone)
-    trainer.predict(module, return_predictions=False)
+    try:
+        trainer.predict(module, return_predictions=False)
+    except OSError as error:
+        if isinstance(error, EngineError):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        work = parts.work or f"{parts.output}.work"
+        raise SystemExit(
+            f"error: {place}{error.strerror or error}. What was finished is kept in {work}: mend this, and give the "
+            "same command again."
+        ) from error
     if trainer.is_global_zero:
         sys.stdout.write(module.result.as_text())
         _exit(module.result)
+
+
+def read_recipe(args: Sequence[str]) -> Any:
+    """The parts of a recipe, made and not yet run.
+
+    Args:
+        args: a recipe with overrides.
+
+    Returns:
+        A namespace with ``source``, ``backbone``, ``pool``, ``builder`` and the other settings.
+    """
+    return _parser().instantiate(_parser().parse_args(list(args)))
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the build where it is; Lightning would let it come to its end first."""
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit(result: Plan | BuildReport) -> None:
@@ -122,6 +161,10 @@ _QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "barebones": False,
+    "fast_dev_run": False,
+    "overfit_batches": 0.0,
+    "limit_predict_batches": None,
+    "use_distributed_sampler": True,
 }
 """What a Trainer is to leave to the build."""
 

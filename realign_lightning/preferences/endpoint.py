@@ -18,6 +18,12 @@ from realign_lightning.preferences.chat_parts import chat_messages
 from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
 from realign_lightning.types import Prompt, SampleError
 
+_CUT = ("length", "content_filter")
+"""Reasons to finish that leave an answer without its end."""
+
+_NO_OPTIONS = {"extra_headers", "api_key", "model", "messages", "max_tokens", "temperature", "seed", "stream", "n"}
+"""Fields of a request that are set here, or that could hold secrets."""
+
 
 class EndpointEngine(Engine):
     """Asks an OpenAI-compatible chat endpoint, several questions at once.
@@ -37,11 +43,14 @@ class EndpointEngine(Engine):
         retries: how often a request is sent again.
         requests_per_minute: sent at most; None sets no limit.
         image_format: that images are sent in: ``jpeg`` (quality 95) or ``png``.
-        options: further fields of the request, for example ``{"top_p": 0.9}``.
+        options: further fields of the request, for example ``{"top_p": 0.9}``. They are stored with what is built: no
+            secrets.
 
     Raises:
-        ValueError: for a number that is not positive.
+        ValueError: for a number that is not positive, or options that have arguments of their own or hold headers.
     """
+
+    is_remote = True
 
     def __init__(
         self,
@@ -62,6 +71,11 @@ class EndpointEngine(Engine):
             check_positive(requests_per_minute=requests_per_minute)
         if image_format not in ("jpeg", "png"):
             raise ValueError(f"Expected `image_format` to be 'jpeg' or 'png', got {image_format!r}.")
+        if taken := sorted(_NO_OPTIONS & (options or {}).keys()):
+            raise ValueError(
+                f"Expected `options` to be fields of a request that have no argument here, got {taken}: model, length "
+                "and temperature are arguments, and headers could hold secrets, which `api_key_env` is for."
+            )
         self.model = model
         self.base_url = base_url
         self.api_key_env = api_key_env
@@ -81,13 +95,19 @@ class EndpointEngine(Engine):
         """Endpoint, model and settings; not how often and how fast it is asked."""
         return {
             "engine": "endpoint",
-            "base_url": self.base_url,
+            # The client itself looks there, too.
+            "base_url": self.base_url or os.environ.get("OPENAI_BASE_URL"),
             "model": self.model,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "image_format": self.image_format,
             **self.options,
         }
+
+    @property
+    def draws(self) -> bool:
+        """Whether answers depend on the seed."""
+        return self.temperature > 0
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Ask all questions at once; see the class for what happens to those that fail."""
@@ -97,30 +117,41 @@ class EndpointEngine(Engine):
 
     def _ask(self, client: Any, question: Question) -> Answer:
         errors = importlib.import_module("openai").OpenAIError
-        self._wait()
-        drawn = {"seed": question.seed} if self.temperature else {}
         try:
-            reply = client.chat.completions.create(
-                model=self.model,
-                messages=self._messages(question.prompt, question.image),
-                max_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                **drawn,
-                **self.options,
-            )
+            request = self._request(question)
+        except SampleError as error:
+            return Answer("", finished=False, error=str(error))
+        try:
+            reply = client.chat.completions.create(**request)
+        except errors as error:
+            return Answer("", finished=False, error=f"{type(error).__name__}: {error}")
+        # What the client makes of a server that answers with no JSON.
+        except ValueError as error:
+            return Answer("", finished=False, error=f"the endpoint's reply is no chat completion: {error!r}")
+        return self._read(reply)
+
+    def _request(self, question: Question) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": self._messages(question.prompt, question.image),
+            "max_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            **({"seed": question.seed} if self.draws else {}),
+            **self.options,
+        }
+
+    @staticmethod
+    def _read(reply: Any) -> Answer:
+        try:
             choice, usage = reply.choices[0], reply.usage
             counts = (0, 0) if usage is None else (usage.prompt_tokens or 0, usage.completion_tokens or 0)
             text = choice.message.content
-        except errors as error:
-            return Answer("", finished=False, error=f"{type(error).__name__}: {error}")
-        except SampleError as error:
-            return Answer("", finished=False, error=str(error))
         # What the client parses of a server that answers with anything else than a chat completion.
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             return Answer("", finished=False, error=f"the endpoint's reply is no chat completion: {error!r}")
         if not isinstance(text, str):
             return Answer("", finished=False, error=f"the endpoint's reply holds no text: {text!r}")
-        return Answer(text.strip(), choice.finish_reason != "length", None, *counts)
+        return Answer(text.strip(), choice.finish_reason not in _CUT, None, *counts)
 
     def _messages(self, prompt: Prompt, image: Image.Image | None) -> list[dict[str, Any]]:
         return chat_messages(
@@ -138,7 +169,10 @@ class EndpointEngine(Engine):
                 openai = importlib.import_module("openai")
             except ModuleNotFoundError as error:
                 raise ImportError("EndpointEngine needs openai: install realign-lightning[build].") from error
+            # Also what the client sends again is sent no faster than allowed.
+            hooks = {"request": [lambda _: self._wait()]}
             self._client = openai.OpenAI(
+                http_client=openai.DefaultHttpxClient(event_hooks=hooks),
                 base_url=self.base_url,
                 # Servers of one's own ask for none, but the client does.
                 api_key=os.environ.get(self.api_key_env) or "none",

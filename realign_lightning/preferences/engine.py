@@ -81,6 +81,14 @@ class Engine(ABC):
     can_force: bool = False
     """Whether it can be made to answer in a given form."""
 
+    is_remote: bool = False
+    """Whether somebody is paid for its tokens."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether answers depend on the seed of their question; where they do not, another seed asks nothing anew."""
+        return True
+
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:

@@ -77,6 +77,11 @@ class LocalEngine(Engine):
         return self._given.backbone
 
     @property
+    def draws(self) -> bool:
+        """Whether answers depend on the seed."""
+        return self.sample
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """The checkpoint (by content), its processor and template, and how answers are drawn."""
         drawn = {"temperature": self.temperature} if self.sample else {}
@@ -100,7 +105,9 @@ class LocalEngine(Engine):
     def finish(self) -> None:
         """Answer along with ranks that have questions left, where they hold shards of one model."""
         if self._policy is not None:
-            self._policy.keep_up(lambda: self._answer([Question("?", Image.new("RGB", (64, 64)))]))
+            # One token: where the others write more, the model goes on by itself.
+            idle = [Question("?", Image.new("RGB", (64, 64)))]
+            self._policy.keep_up(lambda: self._answer(idle, longest=1))
 
     def _error(self, question: Question) -> str | None:
         if question.image is None:
@@ -112,7 +119,7 @@ class LocalEngine(Engine):
             return str(error)
         return None
 
-    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def _answer(self, questions: Sequence[Question], longest: int | None = None) -> list[Answer]:
         images = [question.image for question in questions if question.image is not None]
         inputs = self._family.encode_prompts([question.prompt for question in questions], images)
         forms = [self._row(question) for question in questions]
@@ -129,7 +136,7 @@ class LocalEngine(Engine):
             self.model,
             inputs,
             **together,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=longest or self.max_new_tokens,
             logits_processor=LogitsProcessorList(processors),
         )
         read = inputs["attention_mask"].sum(dim=1).tolist()

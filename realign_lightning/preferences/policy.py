@@ -13,8 +13,9 @@ from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.shards import file_sha256
 from realign_lightning.ranks import gather
 
-_NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes")
-"""Of a backbone's fingerprint, what changes the last bits of a log-prob, but is no other model."""
+_NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes", "prompt")
+"""Of a backbone's fingerprint, what changes the last bits of a log-prob, but is no other model; and what its template
+writes today, which may be a date: a build of several days is one."""
 
 
 class Policy:
@@ -28,6 +29,7 @@ class Policy:
         model: its weights; None loads them when they are first needed.
         device: where weights that are loaded here go; None leaves them where they are loaded.
         is_sharded: whether ``model`` is sharded over the ranks.
+        precision: what it is computed in where that is not what it was loaded as, for example ``bf16-mixed``.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class Policy:
         model: nn.Module | None = None,
         device: torch.device | str | None = None,
         is_sharded: bool = False,
+        precision: str = "32-true",
     ) -> None:
         self.backbone = backbone
         self.device = device
         self.is_sharded = is_sharded
+        self.precision = precision
         self.hash_file: Callable[[Path], str] = file_sha256
         """Identifies files of weights; a build remembers what it has hashed."""
         self._model = model
@@ -52,7 +56,8 @@ class Policy:
             NotImplementedError: for a backbone without a fingerprint.
         """
         found = self.backbone.fingerprint(self.hash_file)
-        return {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
+        model = {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
+        return model if self.precision == "32-true" else {**model, "precision": self.precision}
 
     @property
     def model(self) -> nn.Module:

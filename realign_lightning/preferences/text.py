@@ -91,6 +91,11 @@ class TextEngine(Engine):
         self.system = system
 
     @property
+    def draws(self) -> bool:
+        """Whether answers depend on the seed."""
+        return self.sample
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """The checkpoint (a folder by its content, a name by its commit), how prompts are put and answers drawn."""
         drawn = {"temperature": self.temperature} if self.sample else {}

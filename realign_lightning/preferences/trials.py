@@ -12,6 +12,7 @@ from PIL import Image
 
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile
+from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.preferences.accept import Gate, Reason, Verdict
 from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.completing import Completer
@@ -194,15 +195,15 @@ class Trials:
     def _key(self, outcome: Outcome) -> str:
         trial = outcome.trial
         spans = [[span.start, span.end] for span in trial.masked.spans]
-        return content_key(
-            prompt_value(trial.prompt), trial.masked.response, spans, outcome.candidate.content, self.seed
-        )
+        seed = self.seed if self.completer.engine.draws else None
+        prompt = prompt_value(trial.prompt)
+        return content_key(prompt, trial.masked.response, spans, outcome.candidate.content, seed)
 
     def _question(self, one: _Asked) -> Question | None:
         """None where the image cannot be shown."""
         outcome = one.outcome
         try:
-            image: Image.Image = decode_image(outcome.candidate.image.read())
+            image: Image.Image = decode_image(read_unchanged(*outcome.candidate[:2]))
         except SampleError:
             return None
         # The seed of the answer is that of its question, so that it is drawn alike in whatever batch.

@@ -87,6 +87,11 @@ class VLLMEngine(Engine):
         self.options = dict(options or {})
 
     @property
+    def draws(self) -> bool:
+        """Whether answers depend on the seed."""
+        return self.temperature > 0
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """The checkpoint (a folder by its content, a name by its commit) and settings, but for the use of GPUs."""
         return {

@@ -10,12 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from realign_lightning.data import ShardDataset
 from realign_lightning.data.scan import scan_shard
 from realign_lightning.data.schema import decode_sample
-from realign_lightning.data.sources import ImageFile, SourceProblem
+from realign_lightning.data.sources import ImageFile, ImageFolder, SourceProblem
 from realign_lightning.journal import read_journal
 from realign_lightning.preferences import Answer, EngineError, Gate, Policy, WordOverlap
 from tests.preferences.building import (
@@ -165,7 +166,7 @@ def test_the_pool_gives_images_and_no_pairs(tmp_path):
     assert report.faults == 2
     named = problems_of(tmp_path / "pairs")
     assert named["pool.jsonl:3"]["detail"] == "no image"
-    assert "x" in named, "an image of the pool that cannot be used is named"
+    assert "pool/x" in named, "an image of the pool that cannot be used is named"
 
 
 # ---- what goes wrong
@@ -289,6 +290,96 @@ def test_an_engine_that_fails_always_ends_the_build_and_loses_nothing(tmp_path):
     assert not set(failing.asked[:8]) & set(mended.asked)
 
 
+def test_questions_that_fail_in_every_run_do_not_end_a_repeated_build(tmp_path):
+    rows = Listed(*map(record, range(120)))
+    refused = Eyes(wrong=lambda number, prompt: Answer("", False, "400: not allowed") if number % 2 else None)
+    first = builder(refused, batches=1).build(rows, tmp_path / "pairs")
+    before = bytes_of(tmp_path / "pairs")
+    assert first.left_out["engine failed"] > 50
+    again = builder(refused, batches=1).build(rows, tmp_path / "pairs")
+    assert (again.pairs, again.left_out) == (first.pairs, first.left_out)
+    assert bytes_of(tmp_path / "pairs") == before
+
+
+def test_an_image_of_the_pool_that_has_no_embedding_is_named(tmp_path):
+    class Blind(Pixels):
+        def embed(self, images):
+            found = super().embed(images)
+            return found * torch.tensor([[0.0 if number_of(image) == 50 else 1.0] for image in images])
+
+    pool = Listed(record(50), record(51))
+    report = builder(encoder=Blind()).build(Listed(record(0)), tmp_path / "pairs", pool=pool)
+    assert (report.pairs, report.faults) == (1, 1)
+    assert problems_of(tmp_path / "pairs")["pool/image050"]["detail"] == "its embedding is zero"
+
+
+def test_an_image_that_changes_during_the_build_poisons_nothing(tmp_path):
+    (tmp_path / "images").mkdir()
+    files = {number: tmp_path / "images" / f"{number}.png" for number in range(8)}
+    for number, path in files.items():
+        path.write_bytes(png(picture(number)))
+    rows = Listed(*(record(number, image=ImageFile(path.name, path=path)) for number, path in files.items()))
+    expected = builder().build(rows, tmp_path / "whole")
+    done = []
+
+    def change(number, prompt):
+        if not done:
+            done.append(files[6].write_bytes(png(picture(200))))
+
+    report = builder(Eyes(wrong=change)).build(rows, tmp_path / "pairs")
+    assert report.faults >= 1
+    assert "changed since it was hashed" in problems_of(tmp_path / "pairs")["record006"]["detail"]
+    files[6].write_bytes(png(picture(6)))
+    assert builder().build(rows, tmp_path / "pairs").pairs == expected.pairs
+    assert bytes_of(tmp_path / "pairs") == bytes_of(tmp_path / "whole")
+
+
+def test_images_of_one_name_in_source_and_pool_are_two(tmp_path):
+    pool = Listed(record(61, image=ImageFile("image000", data=png(picture(61)))))
+    report = builder().build(Listed(record(0)), tmp_path / "pairs", pool=pool)
+    assert report.pairs == 1
+    (sample,) = samples_of(tmp_path / "pairs").values()
+    assert (number_of(sample.image), number_of(sample.retrieved)) == (0, 61)
+    assert sample.provenance["retrieved_id"] == "pool/image000"
+
+
+def test_a_rejected_image_that_is_the_image_itself_costs_no_question(tmp_path):
+    eyes = Eyes()
+    rows = Listed(record(0, retrieved=ImageFile("again", data=png(picture(0)))), record(1), record(2))
+    report = builder(eyes).build(rows, tmp_path / "pairs")
+    assert report.left_out == {"image cannot be used": 1}
+    assert "is the image itself" in problems_of(tmp_path / "pairs")["record000"]["detail"]
+    assert all("number 0 " not in prompt for prompt, _ in eyes.asked)
+
+
+def test_a_band_that_cannot_be_calibrated_is_left_open(tmp_path, caplog):
+    assert builder(calibrate=True).build(Listed(record(0)), tmp_path / "one").left_out == {"no similar image": 1}
+    same = Listed(record(0), record(1, image=ImageFile("copy", data=png(picture(0)))))
+    assert builder(calibrate=True).build(same, tmp_path / "same").left_out == {"no similar image": 2}
+    assert "not calibrated" in caplog.text
+    report = builder(calibrate=True).build(Listed(*map(record, range(12))), tmp_path / "pairs")
+    (band,) = (tmp_path / "pairs.work" / "bands").glob("*/*.jsonl")
+    ((end, caught, lost),) = json.loads(band.read_text()).values()
+    assert all(score < end for score in report.retrieval_scores)
+    assert 0 <= lost <= 0.01 <= caught
+
+
+@pytest.mark.parametrize(("output", "work"), [("pairs", "pairs/work"), ("pairs", "pairs")])
+def test_work_inside_of_what_is_replaced_is_refused(tmp_path, output, work):
+    with pytest.raises(ValueError, match="Expected `work` outside of the output"):
+        builder().build(Listed(record(0)), tmp_path / output, work=tmp_path / work)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_an_output_among_the_images_of_the_source_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    source = ImageFolder(tmp_path / "images")
+    with pytest.raises(ValueError, match="Expected `output` outside of the folder of images"):
+        builder().build(source, tmp_path / "images" / "pairs")
+    with pytest.raises(ValueError, match="Expected `work` outside of the folder of images"):
+        builder().build(source, tmp_path / "pairs", work=tmp_path / "images" / "work")
+
+
 def test_an_output_of_another_origin_is_left_alone(tmp_path):
     output = tmp_path / "pairs"
     builder().build(Listed(*map(record, range(4))), output)
@@ -328,6 +419,60 @@ def test_a_card_that_was_filled_in_is_kept(tmp_path):
     assert "5 of 5 source samples" in (output / "README.new.md").read_text()
 
 
+def test_killed_while_folders_change_places_the_output_is_its_own(tmp_path, monkeypatch):
+    """Between any two steps of publishing: noted, the old one away, the new one there."""
+    rows, more = Listed(*map(record, range(4))), Listed(*map(record, range(6)))
+    builder().build(more, tmp_path / "fresh")
+    rename = Path.rename
+    for step in range(3):
+        output = tmp_path / f"pairs{step}"
+        builder().build(rows, output)
+        (output / "README.md").write_text("license: mit")
+        left = [step]
+
+        def killed(self, target, output=output, left=left):
+            if output in (self, Path(target)) and not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= output in (self, Path(target))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        if step < 2:
+            with pytest.raises(KeyboardInterrupt):
+                builder().build(more, output)
+        monkeypatch.setattr(Path, "rename", rename)
+        builder().build(more, output)
+        assert (output / "README.md").read_text() == "license: mit", "the owner's card is never lost"
+        tars = {name: data for name, data in bytes_of(output).items() if not name.startswith("README")}
+        assert tars.items() <= bytes_of(tmp_path / "fresh").items()
+        assert not [path.name for path in tmp_path.glob(".*pairs*") if not path.name.endswith(".lock")]
+
+
+def test_what_came_to_lie_in_the_output_meanwhile_is_kept(tmp_path):
+    output = tmp_path / "pairs"
+    builder().build(Listed(*map(record, range(4))), output)
+
+    def late(number, prompt):
+        (output / "thesis.pdf").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"thesis\.pdf"):
+        builder(Eyes(wrong=late)).build(Listed(*map(record, range(6))), output)
+    assert (output / "thesis.pdf").read_text() == "mine"
+    (output / "thesis.pdf").unlink()
+    eyes = Eyes()
+    assert builder(eyes).build(Listed(*map(record, range(6))), output).pairs == 6
+    assert eyes.asked == []
+
+
+def test_an_output_behind_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "pairs").symlink_to(tmp_path / "large_disk")
+    for count in (4, 5):
+        builder().build(Listed(*map(record, range(count))), tmp_path / "pairs", work=tmp_path / "work")
+        assert (tmp_path / "pairs").is_symlink()
+        assert len(samples_of(tmp_path / "large_disk")) == count
+
+
 def test_two_builds_do_not_work_on_one_folder(tmp_path):
     script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
     work = tmp_path / "pairs.work"
@@ -335,8 +480,10 @@ def test_two_builds_do_not_work_on_one_folder(tmp_path):
     command = [sys.executable, "-c", f"{script}; time.sleep(60)", str(work / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:  # noqa: S603
         other.stdout.readline()
-        with pytest.raises(FileExistsError, match="Another build is at work"):
+        with pytest.raises(FileExistsError, match="Another build holds"):
             builder().build(Listed(*map(record, range(4))), tmp_path / "pairs")
+        with pytest.raises(FileExistsError, match="Another build holds"):
+            builder().build(Listed(*map(record, range(4))), tmp_path / "elsewhere", work=work)
         other.kill()
     assert builder().build(Listed(*map(record, range(4))), tmp_path / "pairs").pairs == 4
 
@@ -484,11 +631,13 @@ while kills:
         os._exit(0)
     time.sleep(generator.uniform(0.0, float(os.environ["LONGEST"])))
     os.kill(child, signal.SIGKILL)
-    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
         kills -= 1
         note("killed")
         print(sorted(path.name for path in output.glob("*")) or "nothing", flush=True)
     else:
+        assert status == 0, "a build that is not killed comes to its end"
         note("anew")
         shutil.rmtree(output)
         shutil.rmtree(f"{output}.work")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from sklearn.datasets import load_sample_image
 from realign_lightning.cli import run
 from realign_lightning.data import ShardDataset, read_index
 from realign_lightning.demos import DigitBackbone, DigitScenes
+from realign_lightning.demos.quickstart import digit_builder
 from realign_lightning.inspection import write_page
+from realign_lightning.preferences import Policy
+from realign_lightning.preferences.command import read_recipe
 from tests.preferences.test_build import bytes_of, problems_of, samples_of
 from tests.tiny_models import make_tiny, make_tiny_sentence_encoder
 
@@ -193,6 +197,7 @@ class Marker(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
+    Marker.asked = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Marker)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -278,9 +283,48 @@ def test_a_plan_counts_all_and_writes_nothing(inside, capsys):
     assert 120 <= numbers["calls, complete"] <= 120 * 10
     assert numbers["hours"] > 0
     # 16 image tokens, and a few words.
-    assert 20 < numbers["tokens read"] / numbers["calls, complete"] < 60
-    cost = (numbers["tokens read"] * 2 + numbers["tokens written"] * 8) / 1e6
-    assert numbers["cost"] == pytest.approx(cost, abs=0.005)
+    assert 20 < numbers["tokens read, complete"] / numbers["calls, complete"] < 60
+    assert numbers["cost of what others answer"] == 0, "the policy on this machine has no price"
+
+
+def masked_by(endpoint: str) -> list[str]:
+    engine = "--builder.masker.init_args.engine"
+    return [
+        *("--builder.masker", "realign_lightning.preferences.LLMMasker"),
+        *(engine, "realign_lightning.preferences.EndpointEngine"),
+        *(f"{engine}.init_args.model", "m", f"{engine}.init_args.base_url", endpoint),
+    ]
+
+
+def test_a_plan_costs_what_an_endpoint_is_asked_and_leaves_loading_out(inside, capsys, endpoint):
+    """The endpoint says 50 tokens read and 10 written for every answer; its first reply is that it is busy."""
+    prices = ["--price_per_million_read", "1000", "--price_per_million_written", "2000"]
+    assert digits("--dry-run", *masked_by(endpoint), *prices, scenes=60) == 0
+    plan = dict(re.findall(r"^(\S.*?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    numbers = {name: float(value.replace(",", "")) for name, value in plan.items()}
+    asked = numbers["calls, mask"]
+    assert 60 <= asked <= 120, "equal answers are masked once"
+    assert numbers["tokens read, mask"] == pytest.approx(50 * asked, abs=1)
+    assert numbers["cost of what others answer"] == pytest.approx(asked * (50 * 1000 + 10 * 2000) / 1e6, abs=0.01)
+    assert numbers["hours"] < 60 / 3600, "what is done once is not multiplied"
+
+
+def test_answers_of_a_masking_endpoint_are_kept(inside, endpoint):
+    assert digits(*masked_by(endpoint)) == 0
+    asked = Marker.asked
+    assert asked > 12
+    assert digits(*masked_by(endpoint), "--builder.masker.init_args.fraction", "0.7") == 0
+    assert Marker.asked == asked, "another choice among the same marks asks nothing"
+
+
+def test_the_recipe_of_the_digits_is_what_the_quick_start_builds_with():
+    policy = Policy(DigitBackbone())
+    ours, theirs = digit_builder().stages, read_recipe(["--config", str(RECIPES / "digits.yaml")]).builder.stages
+    for stages in (ours, theirs):
+        stages.completer.engine.use(policy)
+    for name in ("masker", "completer", "gate", "retriever"):
+        assert getattr(ours, name).identity == getattr(theirs, name).identity
+    assert (ours.seed, ours.batches, ours.calibrate) == (theirs.seed, theirs.batches, theirs.calibrate)
 
 
 def test_a_plan_is_near_what_the_build_then_takes(inside, capsys):
@@ -321,6 +365,43 @@ def test_without_a_policy_it_says_what_is_missing(inside):
         digits("--backbone", "null")
 
 
+def test_settings_that_are_refused_end_in_one_message(inside):
+    """Also where the parser of recipes wraps the reason into one of its own."""
+    command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for arguments, message in (
+        (["--builder.masker.init_args.fraction", "2"], "error: Expected `fraction` in (0, 1], got 2.0.\n"),
+        (["--builder.gate.init_args.refusals", "['(']"], "error: Expected `refusals` to be regular expressions"),
+        (["--output", "/proc/nothing/pairs"], "error: /proc/nothing"),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)  # noqa: S603
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_the_build_where_it_is(inside):
+    command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
+    command += ["--source.init_args.scenes", "400", "--output", "pairs"]
+    command += ["--builder.completer.init_args.engine.init_args.batch_size", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment) as running:  # noqa: S603
+        answers = Path("pairs.work/answers")
+        while running.poll() is None and not list(answers.glob("*/*.jsonl")):
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(20) == 143
+    assert not Path("pairs").exists()
+    assert len(next(answers.glob("*/*.jsonl")).read_text().splitlines()) < 100
+
+
+def test_another_precision_gives_other_answers(inside):
+    assert digits() == 0
+    (one,) = Path("pairs.work/answers").iterdir()
+    assert digits("--trainer.precision", "bf16-mixed") == 0
+    assert len(list(Path("pairs.work/answers").iterdir())) == 2, f"answers beside {one} are used for no other precision"
+
+
 # ---- several processes
 
 
@@ -329,6 +410,17 @@ def in_processes(output: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
     command += ["--source.init_args.scenes", "20", "--output", output, *arguments]
     subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603
+
+
+def test_the_quick_start_trains_on_two_devices(inside):
+    """One process builds while the other waits."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "realign_lightning", "fit", "--config", str(ROOT / "recipes" / "digits.yaml")]
+    command += ["--data.builder.init_args.scenes", "10", "--data.builder.init_args.val_scenes", "4"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2"]
+    command += ["--trainer.callbacks", "null", "--data.batch_size", "4", "--trainer.val_check_interval", "2"]
+    subprocess.run(command, check=True, timeout=240, env=environment)  # noqa: S603
+    assert len(samples_of(Path("runs/digits/shards/train"))) >= 10
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(400, {"error": {"message": "not allowed"}})
         if "nonsense" in text:
             return self.send(200, {"hello": "world"})
+        if "filtered" in text:
+            return self.send(200, completion("A purple eleph", "content_filter"))
         if "silent" in text:
             return self.send(200, completion(None))
         if "html" in text:
@@ -157,6 +159,8 @@ def test_a_question_that_fails_does_not_stop_the_others(server):
 def test_an_answer_that_was_cut_is_not_finished(server):
     (answer,) = engine_of(server).answer([Question("long story")])
     assert (answer.text, answer.finished, answer.error) == ("LONG STORY", False, None)
+    (answer,) = engine_of(server).answer([Question("filtered")])
+    assert (answer.text, answer.finished, answer.error) == ("A purple eleph", False, None)
 
 
 def test_nobody_there():
@@ -177,6 +181,29 @@ def test_identity_is_what_answers_depend_on(server):
     assert same.identity == engine_of(server).identity
     for change in ({"max_new_tokens": 5}, {"temperature": 0.3}, {"options": {"top_p": 0.5}}, {"image_format": "png"}):
         assert engine_of(server, **change).identity != same.identity
+
+
+def test_what_is_sent_again_is_sent_no_faster_than_allowed(server):
+    """Two requests are turned away and the third is answered: two gaps of a fifth of a second."""
+    engine = engine_of(server, retries=3, requests_per_minute=300)
+    started = time.monotonic()
+    (answer,) = engine.answer([Question("busy")])
+    assert answer.text == "BUSY"
+    assert time.monotonic() - started >= 0.4
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("options", [{"model": "x"}, {"max_tokens": 5}, {"extra_headers": {"Authorization": "secret"}}])
+def test_options_that_are_arguments_or_could_hold_secrets_are_refused(options):
+    with pytest.raises(ValueError, match="Expected `options` to be fields of a request that have no argument here"):
+        EndpointEngine("m", options=options)
+
+
+def test_the_place_that_the_client_looks_for_is_part_of_the_identity(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    public = EndpointEngine("m").identity
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    assert EndpointEngine("m").identity == EndpointEngine("m", "http://127.0.0.1:1/v1").identity != public
 
 
 def test_drawing_takes_the_seed_of_the_question(server):

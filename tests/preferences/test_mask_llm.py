@@ -167,7 +167,8 @@ def test_asks_in_batches_and_keeps_going_after_failures():
         batch_size=2,
     )
     masker = LLMMasker(engine, kinds=["object"])
-    masks = masker.mask_many([f"k{number}" for number in range(5)], [TEXT] * 4 + ["Yes."])
+    responses = [TEXT, *(f"{TEXT} {number}" for number in range(3)), "Yes.", TEXT]
+    masks = masker.mask_many([f"k{number}" for number in range(6)], responses)
     assert [len(batch) for batch in engine.asked] == [2, 2, 1]
     assert masks[0].render("_") == TEXT.replace("cats", "_")
     assert [str(error)[:30] for error in masks[1:4]] == [
@@ -177,6 +178,7 @@ def test_asks_in_batches_and_keeps_going_after_failures():
     ]
     assert all(isinstance(error, MaskError) for error in masks[1:4])
     assert masks[4] is None
+    assert masks[5] == masks[0], "an equal response is asked about once"
 
 
 def test_one_response_raises_its_error():

@@ -1,5 +1,6 @@
 """Candidates are tried in order, lazily, in full batches, and nothing is asked twice."""
 
+import hashlib
 import io
 import itertools
 import random
@@ -11,7 +12,7 @@ from realign_lightning.preferences.accept import Gate, WordOverlap
 from realign_lightning.preferences.completing import Completer
 from realign_lightning.preferences.engine import Answer, Engine
 from realign_lightning.preferences.mask import LexiconMasker
-from realign_lightning.preferences.memo import Memo, content_key
+from realign_lightning.preferences.memo import Memo
 from realign_lightning.preferences.trials import Candidate, Trial, Trials
 from tests.conftest import picture
 
@@ -26,7 +27,7 @@ def image_bytes(number: int) -> bytes:
 
 
 FILES = [ImageFile(f"image{number}", data=image_bytes(number)) for number in range(IMAGES)]
-CONTENTS = [content_key(file.image_id) for file in FILES]
+CONTENTS = [hashlib.sha256(file.read()).hexdigest() for file in FILES]
 NUMBER_OF = {picture(number).convert("RGB").tobytes(): number for number in range(IMAGES)}
 
 

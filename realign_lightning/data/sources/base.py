@@ -44,8 +44,11 @@ class ImageFile:
         assert self.path is not None  # noqa: S101 - one of the two is given
         try:
             return self.path.read_bytes()
-        except OSError as error:
-            raise SampleError(f"the image file {self.path} cannot be read: {error.strerror or error}") from error
+        # ValueError: a path that no file can have.
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            name = str(self.path).encode("utf-8", "backslashreplace").decode()
+            raise SampleError(f"the image file {name} cannot be read: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,22 @@ class ImageFinder:
         return path
 
 
+def read_unchanged(image: ImageFile, sha256: str) -> bytes:
+    """The bytes of a file that was hashed before.
+
+    Args:
+        image: the file.
+        sha256: its hash then, hexadecimal.
+
+    Raises:
+        SampleError: if it cannot be read, or has changed since.
+    """
+    data = image.read()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise SampleError("the image file has changed since it was hashed: start again")
+    return data
+
+
 def content_id(data: bytes) -> str:
     """What an image in memory is called: two with one id have the same bytes.
 

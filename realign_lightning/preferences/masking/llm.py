@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.engine import Answer, Engine, Question
 from realign_lightning.preferences.masking.base import Level, MaskedResponse, MaskError, Otherwise, SpanMasker
 from realign_lightning.preferences.masking.marks import read_marks
+from realign_lightning.preferences.memo import content_key
 
 LIST_INSTRUCTION = (
     "Below is an answer to a question about an image. List the words or segments of it that are about objects, "
@@ -70,6 +73,7 @@ class LLMMasker(SpanMasker):
             # An example that cannot be read would teach the engine to answer so.
             read_marks(*example)
         self.engine = engine
+        self._book: AnswerBook | None = None
         self.instruction = instruction
         self.examples = [(response, reply) for response, reply in examples]
 
@@ -83,11 +87,32 @@ class LLMMasker(SpanMasker):
     def mask_many(self, keys: Sequence[str], responses: Sequence[str]) -> list[MaskedResponse | MaskError | None]:
         """Ask the engine in batches of its own size; see :meth:`Masker.mask_many`."""
         pairs = list(zip(keys, responses, strict=True))
-        questions = [Question(self.prompt(response), seed=_seed(self.seed, key)) for key, response in pairs]
-        answers: list[Answer] = []
-        for start in range(0, len(questions), max(1, self.engine.batch_size)):
-            answers += self.engine.answer(questions[start : start + max(1, self.engine.batch_size)])
-        return [self._read(key, response, answer) for (key, response), answer in zip(pairs, answers, strict=True)]
+        answers = self._answers(list(dict.fromkeys(responses)))
+        return [self._read(key, response, answers[response]) for key, response in pairs]
+
+    def keep(self, book: AnswerBook) -> None:
+        """Keep the engine's answers, so that no response is asked about twice, whatever is then made of them.
+
+        Args:
+            book: asks this masker's engine.
+        """
+        self._book = book
+
+    def _answers(self, responses: Sequence[str]) -> dict[str, Answer]:
+        """What the engine says of different responses."""
+        size, found = max(1, self.engine.batch_size), dict[str, Answer]()
+        for start in range(0, len(responses), size):
+            batch = responses[start : start + size]
+            questions = [Question(self.prompt(response), seed=_seed(self.seed, response)) for response in batch]
+            answers = self.engine.answer(questions) if self._book is None else self._kept(self._book, questions)
+            found |= zip(batch, answers, strict=True)
+        return found
+
+    def _kept(self, book: AnswerBook, questions: Sequence[Question]) -> list[Answer]:
+        seeds = [question.seed if self.engine.draws else None for question in questions]
+        keys = [content_key(question.prompt, seed) for question, seed in zip(questions, seeds, strict=True)]
+        failures = book.ask({key: partial(_same, one) for key, one in zip(keys, questions, strict=True)})
+        return [book.answer(key) or Answer("", False, failures.get(key, "no answer")) for key in keys]
 
     def prompt(self, response: str) -> str:
         """What the engine is asked about a response."""
@@ -111,6 +136,10 @@ class LLMMasker(SpanMasker):
         return self._plain(settings | {"engine": dict(self.engine.identity)})
 
 
-def _seed(seed: int, key: str) -> int:
-    """A seed for each sample, the same in every run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4])
+def _same(question: Question) -> Question:
+    return question
+
+
+def _seed(seed: int, response: str) -> int:
+    """A seed for each response, the same in every run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{response}".encode()).digest()[:4])

@@ -14,8 +14,15 @@ from tqdm import tqdm
 
 from realign_lightning.backbones.files import hash_bytes, write_json
 from realign_lightning.data.card import PICTURES, write_card
-from realign_lightning.data.publish import check_target, publish_folder, publish_problems, staging_folder
+from realign_lightning.data.publish import (
+    check_target,
+    publish_folder,
+    publish_problems,
+    restore_folder,
+    staging_folder,
+)
 from realign_lightning.data.shards import INDEX_NAME, ShardWriter
+from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.preferences.accept import Scope
 from realign_lightning.preferences.pipeline.drafts import Draft, Try, still_open
 from realign_lightning.preferences.pipeline.reading import Album
@@ -43,16 +50,17 @@ def check_output(target: Path, work: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: if so.
     """
+    restore_folder(target)
     check_target(target, overwrite or _is_own(target, work), _OURS)
 
 
 def _is_own(target: Path, work: Path) -> bool:
     index = target / INDEX_NAME
-    return index.is_file() and _written(work).get(str(target)) == hash_bytes(index.read_bytes())
+    return index.is_file() and hash_bytes(index.read_bytes()) in _written(work).get(str(target), [])
 
 
-def _written(work: Path) -> dict[str, str]:
-    """SHA-256 of the index that each output got from this work folder."""
+def _written(work: Path) -> dict[str, list[str]]:
+    """SHA-256 of the indices that each output had, or was about to get, from this work folder."""
     path = work / _WRITTEN
     return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
@@ -66,11 +74,15 @@ class Output:
         mask_token: what stands for a mask where a masked response is shown.
         scope: what similarities compare.
         samples_per_shard: pairs in every shard but the last.
+        overwrite: whether shards of whatever origin may be replaced.
     """
 
-    def __init__(self, target: Path, work: Path, mask_token: str, scope: Scope, samples_per_shard: int) -> None:
+    def __init__(
+        self, target: Path, work: Path, mask_token: str, scope: Scope, samples_per_shard: int, overwrite: bool
+    ) -> None:
         self.target = target
         self.work = work
+        self.overwrite = overwrite
         self.mask_token = mask_token
         self.scope = scope
         self.samples_per_shard = samples_per_shard
@@ -98,11 +110,18 @@ class Output:
                 write_card(staging, run.report.facts(_shortened(settings)), title)
             run.report.problems = self._write_problems(run)
             if run.report.pairs:
-                digest = hash_bytes((staging / INDEX_NAME).read_bytes())
-                publish_folder(staging, self.target)
-                write_json(self.work / _WRITTEN, {**_written(self.work), str(self.target): digest})
+                self._publish(staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _publish(self, staging: Path) -> None:
+        """Put the shards in their place, if nothing of anybody else's has come to lie there in the meantime."""
+        check_output(self.target, self.work, self.overwrite)
+        name, digest = str(self.target), hash_bytes((staging / INDEX_NAME).read_bytes())
+        known = _written(self.work)
+        # Noted before: whenever this is killed, what lies there is known to be its own.
+        write_json(self.work / _WRITTEN, {**known, name: [*known.get(name, [])[-1:], digest]})
+        publish_folder(staging, self.target)
 
     def _write_shards(self, staging: Path, run: Run, settings: Mapping[str, Any]) -> None:
         writer = ShardWriter(staging, self.samples_per_shard)
@@ -128,7 +147,8 @@ class Output:
         sample = PreferenceSample(
             record.key, _UNREAD, _UNREAD, record.prompt, record.chosen or "", rejected or "", facts
         )
-        writer.write(sample, record.image.read(), retrieved.read())
+        image, other = (read_unchanged(file, album.contents[file.image_id]) for file in (record.image, retrieved))
+        writer.write(sample, image, other)
 
     def _provenance(self, draft: Draft, retrieved_id: str) -> dict[str, Any]:
         """Where a pair comes from; what the source had is named under ``given``."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SAMPLE = 20
 """Records that a plan is made from."""
 
+_WARM_UP = 4
+"""Records that are built before, twice as many as are needed to retrieve one for the other."""
+
 
 class Prices(NamedTuple):
     """What tokens cost.
@@ -78,7 +81,8 @@ class Plan:
         sampled: records that were really built, to find out.
         pairs: pairs to expect.
         calls: questions to engines to expect.
-        tokens: tokens read and written to expect, as far as engines say.
+        tokens: tokens read and written to expect by stage, as far as engines say.
+        paid: stages whose engine is not on this machine.
         seconds: to expect, by stage, on this machine with these devices, all models loaded.
         prices: what tokens cost.
     """
@@ -87,7 +91,8 @@ class Plan:
     sampled: int
     pairs: float
     calls: dict[str, float]
-    tokens: tuple[float, float]
+    tokens: dict[str, tuple[float, float]]
+    paid: frozenset[str] = frozenset()
     seconds: dict[str, float] = field(default_factory=dict)
     prices: Prices = field(default_factory=Prices)
 
@@ -98,8 +103,9 @@ class Plan:
 
     @property
     def cost(self) -> float:
-        """Of all tokens, in the currency of the prices."""
-        return (self.tokens[0] * self.prices.read + self.tokens[1] * self.prices.written) / 1e6
+        """Of the tokens of engines that are not on this machine, in the currency of the prices."""
+        counts = [self.tokens[stage] for stage in self.tokens if stage in self.paid]
+        return sum(read * self.prices.read + written * self.prices.written for read, written in counts) / 1e6
 
     def as_text(self) -> str:
         """The plan as a table."""
@@ -113,11 +119,11 @@ class Plan:
             ("rejected responses to make", f"{counts.complete:,}"),
             ("pairs to expect", f"{self.pairs:,.0f}"),
             *((f"calls, {stage}", f"{count:,.0f}") for stage, count in self.calls.items()),
-            ("tokens read", f"{self.tokens[0]:,.0f}"),
-            ("tokens written", f"{self.tokens[1]:,.0f}"),
+            *((f"tokens read, {stage}", f"{read:,.0f}") for stage, (read, _) in self.tokens.items()),
+            *((f"tokens written, {stage}", f"{written:,.0f}") for stage, (_, written) in self.tokens.items()),
             *((f"hours, {stage}", _hours(seconds)) for stage, seconds in self.seconds.items()),
             ("hours", _hours(self.hours * 3600)),
-            ("cost", f"{self.cost:,.2f}"),
+            ("cost of what others answer", f"{self.cost:,.2f}"),
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
@@ -153,7 +159,7 @@ def make_plan(
         builder: whose stages are measured.
         source: records; all of them are read, the images of the sample only.
         policy: see :meth:`PreferenceBuilder.build`.
-        pool: further images that can be retrieved; they are counted.
+        pool: further images that can be retrieved; some of them are looked at.
         prices: what tokens cost.
         size: records of the sample, drawn at random with the builder's seed.
 
@@ -163,20 +169,26 @@ def make_plan(
     Raises:
         ValueError: if there are no records, and as :meth:`PreferenceBuilder.build`.
     """
-    counts, sample = _look(source, pool, size, builder.stages.seed)
+    counts, sample = _look(source, size, builder.stages.seed)
+    pooled, others = (Counts(), []) if pool is None else _look(pool, size, builder.stages.seed)
+    counts.images += pooled.images
+    others_source = _Listed(others) if others else None
     if not sample:
         raise ValueError(f"The source has no records that can be read, and {counts.unreadable} rows that cannot.")
     # All ranks work in one folder, which rank 0 removes.
     with tempfile.TemporaryDirectory() as own:
-        run = _run_sample(builder.stages, sample, policy, Path(gather(own)[0]))
+        folder = Path(gather(own)[0])
+        # Models are loaded and identified by the first records: that is no part of what is multiplied.
+        _run_sample(builder.stages, sample[:_WARM_UP], others_source, policy, folder / "warm_up")
+        run = _run_sample(builder.stages, sample, others_source, policy, folder / "sample")
         gather(None)
-    taken = Counts(images=len(run.album.contents))
+    taken = Counts(images=len(run.album.pool))
     for record in sample:
         taken.add(record)
     return _scaled(run, counts, taken, prices)
 
 
-def _look(source: Source, pool: Source | None, size: int, seed: int) -> tuple[Counts, list[SourceRecord]]:
+def _look(source: Source, size: int, seed: int) -> tuple[Counts, list[SourceRecord]]:
     """Count all records, and draw some (reservoir sampling: every record is as likely)."""
     counts, sample, images = Counts(), list[SourceRecord](), set[str]()
     generator = random.Random(seed)
@@ -191,18 +203,15 @@ def _look(source: Source, pool: Source | None, size: int, seed: int) -> tuple[Co
             sample.append(row)
         elif (place := generator.randrange(counts.records)) < size:
             sample[place] = row
-    if pool is not None:
-        images |= {row.image.image_id for row in pool.read() if isinstance(row, SourceRecord)}
     counts.images = len(images)
     return counts, sample
 
 
-def _run_sample(stages: Stages, sample: Sequence[SourceRecord], policy: Policy | None, work: Path) -> Run:
+def _run_sample(
+    stages: Stages, sample: Sequence[SourceRecord], pool: Source | None, policy: Policy | None, work: Path
+) -> Run:
     run = Run(stages, work, policy, shows=False)
-    run.read(_Listed(sample), None)
-    if policy is not None and any(record.rejected is None or record.retrieved is None for record in sample):
-        # Loading is no part of what is multiplied.
-        _ = policy.model
+    run.read(_Listed(sample), pool)
     run.respond()
     run.mask()
     run.complete(run.retrieve())
@@ -224,9 +233,9 @@ def _scaled(run: Run, counts: Counts, taken: Counts, prices: Prices) -> Plan:
     if counts.retrieve:
         seconds["retrieve"] = _search_seconds(counts.retrieve, counts.images, run.dimension)
     calls = {stage: count * times[stage] for stage, count in report.calls.items()}
-    tokens = [sum(report.tokens[stage][side] * times[stage] for stage in report.tokens) for side in (0, 1)]
+    tokens = {stage: (read * times[stage], new * times[stage]) for stage, (read, new) in report.tokens.items()}
     pairs = counts.records * report.pairs / taken.records
-    return Plan(counts, taken.records, pairs, calls, (tokens[0], tokens[1]), seconds, prices)
+    return Plan(counts, taken.records, pairs, calls, tokens, run.paid_stages, seconds, prices)
 
 
 def _search_seconds(queries: int, images: int, dimension: int) -> float:

@@ -80,7 +80,7 @@ def read_pool(source: Source, spill: Path) -> tuple[list[ImageFile], list[LeftOu
         spill: see :func:`read_drafts`.
 
     Returns:
-        The images, and the rows that have none.
+        The images, their ids behind ``pool/``, and the rows that have none.
     """
     images: list[ImageFile] = []
     problems: list[LeftOut] = []
@@ -88,7 +88,8 @@ def read_pool(source: Source, spill: Path) -> tuple[list[ImageFile], list[LeftOu
         if isinstance(row, SourceProblem):
             problems.append(LeftOut(row.where, "row cannot be used", row.reason))
         else:
-            images.append(_spill(row.image, spill))
+            # Two folders may have images of one name.
+            images.append(replace(_spill(row.image, spill), image_id=f"pool/{row.image.image_id}"))
     gather(None)
     return images, problems
 
@@ -105,7 +106,9 @@ def _spill(image: ImageFile, folder: Path) -> ImageFile:
     name = hash_bytes(image.data)
     path = folder / name[:2] / name
     rank, world_size = rank_and_world_size()
-    if int(name[:8], 16) % world_size == rank and not path.exists():
+    # A file that lost its end with the machine's power is written again.
+    is_whole = path.exists() and path.stat().st_size == len(image.data)
+    if int(name[:8], 16) % world_size == rank and not is_whole:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{name}.partial")
         partial.write_bytes(image.data)
@@ -113,13 +116,16 @@ def _spill(image: ImageFile, folder: Path) -> ImageFile:
     return ImageFile(image.image_id, path=path)
 
 
-def check_images(drafts: Sequence[Draft], pool: Sequence[ImageFile], memo: Memo, shows: bool = True) -> Album:
+def check_images(
+    drafts: Sequence[Draft], pool: Sequence[ImageFile], memo: Memo, hashes: Memo, shows: bool = True
+) -> Album:
     """Identify and decode every image once, this rank its share; drafts whose images are broken are given up.
 
     Args:
         drafts: all of them.
         pool: further images that can be retrieved.
         memo: remembers what can be decoded.
+        hashes: remembers the hashes of files.
         shows: whether there is a progress bar.
 
     Returns:
@@ -132,7 +138,7 @@ def check_images(drafts: Sequence[Draft], pool: Sequence[ImageFile], memo: Memo,
         if image not in seen:
             seen.append(image)
     mine = [image for name in share(list(claims)) for image in claims[name]]
-    contents, found = content_hashes(mine)
+    contents, found = content_hashes(mine, hashes)
     problems = {problem.where: problem.reason for problem in found}
     problems |= _undecodable(mine, contents, memo, shows)
     album.problems = problems = merge(problems)
@@ -140,6 +146,9 @@ def check_images(drafts: Sequence[Draft], pool: Sequence[ImageFile], memo: Memo,
     album.files = {name: images[0] for name, images in claims.items()}
     album.pool = {image.image_id for image in pool} | {draft.record.image.image_id for draft in drafts}
     for draft in drafts:
+        own, given = draft.record.image.image_id, draft.record.retrieved
+        if given is not None and album.contents.get(given.image_id, "") == album.contents.get(own):
+            draft.leave_out("image cannot be used", f"{given.image_id}: the rejected image is the image itself")
         for name in (image.image_id for image in (draft.record.image, draft.record.retrieved) if image is not None):
             if name in problems and draft.left_out is None:
                 draft.leave_out("image cannot be used", f"{name}: {problems[name]}")

@@ -79,6 +79,8 @@ class BuildReport:
                         refused[reason] += 1
                     elif draft.left_out is None:
                         accepted[rank] += 1
+                    else:
+                        refused[draft.left_out.reason] += 1
             if draft.left_out is not None:
                 left_out[draft.left_out.reason] += 1
                 self.faults += draft.left_out.is_fault

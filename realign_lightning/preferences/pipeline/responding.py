@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from realign_lightning.data.schema import decode_image
+from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.preferences.accept import Gate, is_writable
 from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.engine import Question
@@ -39,12 +40,13 @@ def write_responses(
             draft.leave_out("no chosen answer", "the source has none; set `builder.responder` to generate it")
         return
     mine = share(wanted)
-    keys = {draft.key: _key(draft, album, seed) for draft in mine}
+    keys = {draft.key: _key(draft, album, seed if book.engine.draws else None) for draft in mine}
     failures: dict[str, str] = {}
     with tqdm(total=len(mine), desc="answer", unit="record", disable=not shows or not mine) as bar:
         for start in range(0, len(mine), book.engine.batch_size):
             batch = mine[start : start + book.engine.batch_size]
-            failures |= book.ask({keys[draft.key]: partial(_question, draft, keys[draft.key]) for draft in batch})
+            asked = {keys[draft.key]: partial(_question, draft, album, keys[draft.key]) for draft in batch}
+            failures |= book.ask(asked)
             bar.update(len(batch))
     book.engine.finish()
     found = {draft.key: _read(book, keys[draft.key], failures) for draft in mine}
@@ -65,16 +67,17 @@ def _in_order(drafts: Sequence[Draft], found: dict[str, _Found]) -> list[tuple[D
     return [(draft, found[draft.key]) for draft in drafts]
 
 
-def _key(draft: Draft, album: Album, seed: int) -> str:
+def _key(draft: Draft, album: Album, seed: int | None) -> str:
     content = album.contents[draft.record.image.image_id]
     return content_key(prompt_value(draft.record.prompt), content, seed)
 
 
-def _question(draft: Draft, key: str) -> Question | None:
+def _question(draft: Draft, album: Album, key: str) -> Question | None:
+    file = draft.record.image
     try:
-        image: Image.Image = decode_image(draft.record.image.read())
+        image: Image.Image = decode_image(read_unchanged(file, album.contents[file.image_id]))
     except SampleError:
-        # The file has gone since it was checked.
+        # It has gone, or changed, since it was checked.
         return None
     return Question(draft.record.prompt, image, int(key[:15], 16))
 
@@ -82,7 +85,7 @@ def _question(draft: Draft, key: str) -> Question | None:
 def _read(book: AnswerBook, key: str, failures: dict[str, str]) -> _Found:
     answer = book.answer(key)
     if answer is None:
-        return "", False, failures.get(key, "the image cannot be read any more")
+        return "", False, failures.get(key, "the image has gone, or changed, since it was checked")
     return answer.text, answer.finished, None
 
 

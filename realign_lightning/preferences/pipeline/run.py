@@ -19,8 +19,8 @@ from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.completing import Completer
 from realign_lightning.preferences.engine import Engine
 from realign_lightning.preferences.local import LocalEngine
-from realign_lightning.preferences.mask import Masker
-from realign_lightning.preferences.memo import Memo
+from realign_lightning.preferences.mask import LLMMasker, Masker
+from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.pipeline.drafts import Draft, LeftOut, Try, still_open
 from realign_lightning.preferences.pipeline.masks import mask_responses
 from realign_lightning.preferences.pipeline.reading import Album, check_images, check_texts, read_drafts, read_pool
@@ -33,7 +33,7 @@ from realign_lightning.preferences.trials import Candidate, Outcome, Trial, Tria
 from realign_lightning.ranks import gather, rank_and_world_size, share
 
 _SCHEMA = 1
-"""Raised whenever images are decoded or texts checked otherwise, so that all of them are looked at again."""
+"""Raised whenever this package checks, masks, asks, embeds or searches otherwise, so that old results are not used."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Run:
         self.strays: list[LeftOut] = []
         self.album = Album()
         self.dimension = 0
+        self.paid_stages: frozenset[str] = frozenset()
         self._has_retrieved = False
         self._memos: list[Memo] = []
         self.shows = shows and rank_and_world_size()[0] == 0
@@ -114,12 +115,13 @@ class Run:
             self.drafts, self.others = read_drafts(source, spill, self.shows)
             images, self.strays = ([], []) if pool is None else read_pool(pool, spill)
         self._check_parts()
+        policy = self.policy if any(self._needs_completion(self.drafts)) else None
+        identity = {"policy": None if policy is None else policy.identity}
         with self._timed("check"):
-            self.album = check_images(self.drafts, images, self._memo("images", {"schema": _SCHEMA}), self.shows)
-            broken = {image.image_id for image in images} & self.album.problems.keys()
-            self.strays += [LeftOut(name, "image cannot be used", self.album.problems[name]) for name in sorted(broken)]
-            policy = self.policy if any(self._needs_completion(self.drafts)) else None
-            identity = {"schema": _SCHEMA, "policy": None if policy is None else policy.identity}
+            self.album = check_images(
+                self.drafts, images, self._memo("images", {}), self._memo("hashes", {}), self.shows
+            )
+            self._name_strays(self.album.problems)
             check_texts(self.drafts, policy, self._memo("texts", identity), self.shows)
 
     def respond(self) -> None:
@@ -127,15 +129,18 @@ class Run:
         responder, seed = self.stages.responder, self.stages.seed
         book = None
         if responder is not None and any(draft.record.chosen is None for draft in still_open(self.drafts)):
-            book = AnswerBook(responder, self._memo("responses", {"engine": dict(responder.identity), "seed": seed}))
+            book = AnswerBook(responder, self._memo("responses", {"engine": dict(responder.identity)}))
         with self._timed("answer", book):
             write_responses(self.drafts, self.album, book, self.stages.gate, seed, self.shows)
 
     def mask(self) -> None:
         """Mask chosen responses."""
-        masker = self.stages.masker
+        masker, book = self.stages.masker, None
         if any(self._needs_completion(still_open(self.drafts))):
-            with self._timed("mask"):
+            if isinstance(masker, LLMMasker):
+                book = AnswerBook(masker.engine, self._memo("markings", {"engine": dict(masker.engine.identity)}))
+                masker.keep(book)
+            with self._timed("mask", book):
                 mask_responses(self.drafts, masker, self._memo("masks", masker.identity), self.shows)
 
     def retrieve(self) -> dict[str, list[Neighbour]]:
@@ -151,6 +156,7 @@ class Run:
         store = EmbeddingStore(self.work / "embeddings", encoder.identity, rank_and_world_size()[0])
         with self._timed("embed"):
             problems = embed_album(self.album, encoder, store)
+            self._name_strays(problems)
             self.dimension = store.dimension or 0
             for draft in self.unfinished():
                 name = draft.record.image.image_id
@@ -160,8 +166,10 @@ class Run:
             prepare_index(self._retriever, self.album, store)
             if self.stages.calibrate:
                 memo = self._memo("bands", self._neighbourhood)
-                self._retriever = self._retriever.below(calibrated(self._retriever, self.album, encoder, store, memo))
-            memo = self._memo("neighbours", self._neighbourhood)
+                end = calibrated(self._retriever, self.album, encoder, store, memo)
+                self._retriever = self._retriever if end is None else self._retriever.below(end)
+            pool = {"images": content_key(self.album.retrievable)}
+            memo = self._memo("neighbours", {**self._neighbourhood, **pool})
             mine = [draft for draft in share(self.unfinished()) if draft.record.retrieved is None]
             queries = [draft.record.image.image_id for draft in mine]
             return find_neighbours(queries, self.album, self._retriever, store, memo, self.shows)
@@ -172,18 +180,38 @@ class Run:
         Args:
             neighbours: of this rank's share, as :meth:`retrieve` returns them.
         """
+        top_k = self._retriever.rules.top_k
         mine = share(self.unfinished())
         candidates = {draft.key: self._candidates(draft, neighbours) for draft in mine}
-        top_k = self._retriever.rules.top_k
         short = sum(len(candidates[draft.key]) < top_k for draft in mine if draft.record.retrieved is None)
         found = {draft.key: _given(candidates[draft.key]) for draft in mine if draft.masked is None}
         if any(draft.masked is not None for draft in self.unfinished()):
-            tried = [draft for draft in mine if draft.masked is not None]
-            found |= self._try([_trial(draft, candidates[draft.key]) for draft in tried])
+            found |= self._try(self.trials(neighbours))
         self._finish(found, short)
 
+    def trials(self, neighbours: Mapping[str, Sequence[Neighbour]]) -> list[Trial]:
+        """What is to be tried for this rank's share of :meth:`unfinished`.
+
+        Args:
+            neighbours: as :meth:`retrieve` returns them.
+        """
+        return [
+            Trial(
+                draft.key, draft.record.prompt, draft.masked, self._candidates(draft, neighbours), draft.record.objects
+            )
+            for draft in share(self.unfinished())
+            if draft.masked is not None
+        ]
+
+    def runner(self) -> Trials:
+        """What tries them, with the memos of this build."""
+        stages = self.stages
+        answers = self._memo("answers", stages.completer.identity)
+        similarities = self._memo("similarities", stages.gate.similarity.identity)
+        return Trials(stages.completer, stages.gate, answers, similarities, stages.seed, stages.batches)
+
     def _try(self, trials: Sequence[Trial]) -> dict[str, _Found]:
-        runner = self._trials()
+        runner = self.runner()
         with self._timed("complete", runner.book), self._bar(len(trials)) as bar:
             done: Counter[bool] = Counter()
 
@@ -224,8 +252,19 @@ class Run:
             if isinstance(engine, LocalEngine) and engine.backbone is None and self.policy is None:
                 raise ValueError("Rejected responses are to be made, and there is no policy: give `backbone`.")
             self.stages.gate.similarity.compare(["one"], ["another"])
+        responder = self.stages.responder
+        is_policy = isinstance(responder, LocalEngine) and responder.backbone is None
+        if is_policy and self.policy is None and any(draft.record.chosen is None for draft in self.drafts):
+            raise ValueError("Chosen responses are to be generated, and there is no policy: give `backbone`.")
         if self._encoder is None and any(draft.record.retrieved is None for draft in self.drafts):
             raise ValueError("Images are to be retrieved, and nobody embeds them: give `backbone` or an encoder.")
+
+    def _name_strays(self, problems: Mapping[str, str]) -> None:
+        """Images of the pool that cannot be used and are no record's."""
+        own = {draft.record.image.image_id for draft in self.drafts}
+        own |= {draft.record.retrieved.image_id for draft in self.drafts if draft.record.retrieved is not None}
+        broken = sorted(problems.keys() - own)
+        self.strays += [LeftOut(name, "image cannot be used", problems[name]) for name in broken]
 
     @property
     def _given_encoder(self) -> ImageEncoder:
@@ -239,12 +278,6 @@ class Run:
     @staticmethod
     def _needs_completion(drafts: Any) -> Iterator[bool]:
         return (draft.record.rejected is None for draft in drafts)
-
-    def _trials(self) -> Trials:
-        stages = self.stages
-        answers = self._memo("answers", {**stages.completer.identity, "seed": stages.seed})
-        similarities = self._memo("similarities", stages.gate.similarity.identity)
-        return Trials(stages.completer, stages.gate, answers, similarities, stages.seed, stages.batches)
 
     def _candidates(self, draft: Draft, neighbours: Mapping[str, Sequence[Neighbour]]) -> list[Candidate]:
         """The image that was given, or the similar ones."""
@@ -272,7 +305,7 @@ class Run:
                 draft.leave_out("no completion accepted", reasons)
 
     def _memo(self, stage: str, identity: Mapping[str, Any]) -> Memo:
-        memo = Memo(self.work, stage, identity, rank_and_world_size()[0])
+        memo = Memo(self.work, stage, {"schema": _SCHEMA, **identity}, rank_and_world_size()[0])
         self._memos.append(memo)
         return memo
 
@@ -285,6 +318,7 @@ class Run:
         yield
         self.report.seconds[stage] = time.monotonic() - started
         if book is not None:
+            self.paid_stages |= {stage} if book.engine.is_remote else set()
             counts = gather((book.asked, book.prompt_tokens, book.new_tokens))
             asked, read, written = (sum(column) for column in zip(*counts, strict=True))
             self.report.calls[stage] = asked
@@ -300,19 +334,13 @@ class _Found:
 
     @classmethod
     def of(cls, outcome: Outcome) -> _Found:
-        candidates = outcome.trial.candidates
-        tries = [
-            Try(candidate.image.image_id, candidate.score, attempt)
-            for candidate, attempt in zip(candidates, outcome.attempts, strict=False)
-        ]
-        return cls(tries, outcome.error)
+        candidates, accepted = outcome.trial.candidates, outcome.accepted
+        # What was refused is told by its verdict; its text would only have to be carried about.
+        attempts = [one if one is accepted else one._replace(text="") for one in outcome.attempts]
+        tried = zip(candidates, attempts, strict=False)
+        return cls([Try(one.image.image_id, one.score, attempt) for one, attempt in tried], outcome.error)
 
 
 def _given(candidates: Sequence[Candidate]) -> _Found:
     """The best retrieved image for a rejected response that was given."""
     return _Found([Try(one.image.image_id, one.score, None) for one in candidates[:1]])
-
-
-def _trial(draft: Draft, candidates: Sequence[Candidate]) -> Trial:
-    assert draft.masked is not None  # noqa: S101 - only such drafts are tried
-    return Trial(draft.key, draft.record.prompt, draft.masked, candidates, draft.record.objects)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from itertools import islice
 
 from tqdm import tqdm
 
@@ -16,6 +18,11 @@ from realign_lightning.preferences.retrieve import (
     embed_missing,
 )
 from realign_lightning.ranks import gather, merge, rank_and_world_size
+
+log = logging.getLogger(__name__)
+
+_LOOKED_AT = 256
+"""Images of which one must have a neighbour for a band to be calibrated."""
 
 _GROUP = 4096
 """Images whose neighbours are found before they are noted."""
@@ -41,8 +48,12 @@ def embed_album(album: Album, encoder: ImageEncoder, store: EmbeddingStore) -> d
     return problems
 
 
-def calibrated(retriever: Retriever, album: Album, encoder: ImageEncoder, store: EmbeddingStore, memo: Memo) -> float:
+def calibrated(
+    retriever: Retriever, album: Album, encoder: ImageEncoder, store: EmbeddingStore, memo: Memo
+) -> float | None:
     """The end of the band of similarities, from the images at hand (:meth:`Retriever.calibrate`).
+
+    None where no image has a neighbour: there is nothing to tell copies from.
 
     Args:
         retriever: its other settings.
@@ -52,6 +63,10 @@ def calibrated(retriever: Retriever, album: Album, encoder: ImageEncoder, store:
         memo: keeps the band; its identity is those of encoder and retriever.
     """
     contents = album.retrievable
+    some = list(contents)[:_LOOKED_AT]
+    if not any(others for _, others in retriever.neighbours(store, contents, some)):
+        log.warning("No image has a similar one: the band of similarities is not calibrated.")
+        return None
     key = content_key(contents)
     known = gather(key in memo)
     # All ranks compute it, and so run the encoder equally often.
@@ -59,7 +74,8 @@ def calibrated(retriever: Retriever, album: Album, encoder: ImageEncoder, store:
         files = [album.files[name] for name in contents]
         band = retriever.calibrate(store, contents, files, encoder)
         memo.add({key: [band.max_similarity, band.caught, band.lost]})
-    return float(memo[key][0])
+    # Last bits may differ from rank to rank.
+    return float(gather(memo[key][0])[0])
 
 
 def find_neighbours(
@@ -72,23 +88,20 @@ def find_neighbours(
         album: the images.
         retriever: finds them.
         store: holds their embeddings.
-        memo: keeps neighbours; its identity is those of encoder and retriever.
+        memo: keeps neighbours; its identity is those of encoder, retriever and images.
         shows: whether there is a progress bar.
 
     Returns:
         Neighbours by ``image_id``, best first.
     """
-    contents = album.retrievable
-    pool = content_key(contents)
-    keys = {name: content_key(pool, name) for name in dict.fromkeys(queries)}
-    todo = [name for name, key in keys.items() if key not in memo]
+    names = list(dict.fromkeys(queries))
+    todo = [name for name in names if name not in memo]
+    found = retriever.neighbours(store, album.retrievable, todo) if todo else iter(())
     with tqdm(total=len(todo), desc="retrieve", unit="image", delay=1, disable=not shows) as bar:
-        for start in range(0, len(todo), _GROUP):
-            group = todo[start : start + _GROUP]
-            found = retriever.neighbours(store, contents, group)
-            memo.add({keys[name]: [[other.image_id, other.score] for other in others] for name, others in found})
+        while group := dict(islice(found, _GROUP)):
+            memo.add({name: [[other.image_id, other.score] for other in others] for name, others in group.items()})
             bar.update(len(group))
-    return {name: [Neighbour(other, score) for other, score in memo[key]] for name, key in keys.items()}
+    return {name: [Neighbour(other, score) for other, score in memo[name]] for name in names}
 
 
 def prepare_index(retriever: Retriever, album: Album, store: EmbeddingStore) -> None:

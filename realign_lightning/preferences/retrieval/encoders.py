@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from realign_lightning.backbones.base import Backbone, eval_mode
 from realign_lightning.preferences.policy import Policy, best_device
 
+_OF_TEXTS = ("chat_template", "max_length")
+"""Of a policy's identity, what images do not depend on."""
+
 
 class ImageEncoder(ABC):
     """Embeds images. Subclass it to bring your own."""
@@ -69,12 +72,13 @@ class PolicyEncoder(ImageEncoder):
         self._policy = Policy(backbone, model, best_device(device) if model is None else None)
 
     @classmethod
-    def sharing(cls, policy: Policy, batch_size: int = 64) -> PolicyEncoder:
+    def sharing(cls, policy: Policy, batch_size: int = 16) -> PolicyEncoder:
         """An encoder with the very weights of a policy.
 
         Args:
             policy: shared with other stages.
-            batch_size: images per forward pass; one where ranks hold shards of the weights.
+            batch_size: images per forward pass; twice as many decoded images are in memory. One where ranks hold shards
+                of the weights.
         """
         encoder = cls(policy.backbone, batch_size=batch_size)
         encoder._policy = policy
@@ -82,12 +86,13 @@ class PolicyEncoder(ImageEncoder):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The policy's weights and preprocessing.
+        """The policy's weights and preprocessing; not what only texts depend on.
 
         Raises:
             NotImplementedError: for a backbone without a fingerprint.
         """
-        return {"encoder": "policy", **self._policy.identity}
+        found = {name: value for name, value in self._policy.identity.items() if name not in _OF_TEXTS}
+        return {"encoder": "policy", **found}
 
     @property
     def model(self) -> nn.Module:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from realign_lightning.backbones.files import hash_json, write_json
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile, SourceProblem
+from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.journal import write_all
+from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.near_duplicates import PERCEPTUAL_HASH, perceptual_hash
 from realign_lightning.preferences.retrieval.encoders import ImageEncoder
 from realign_lightning.preferences.threads import in_threads
@@ -321,11 +323,12 @@ def unfit_vectors(vectors: Floats) -> dict[int, str]:
     return found
 
 
-def content_hashes(images: Sequence[ImageFile]) -> tuple[dict[str, str], list[SourceProblem]]:
+def content_hashes(images: Sequence[ImageFile], memo: Memo | None = None) -> tuple[dict[str, str], list[SourceProblem]]:
     """SHA-256 of image files, by which their embeddings are kept.
 
     Args:
         images: files; several may have one ``image_id`` if they hold the same bytes.
+        memo: remembers the hashes of files by their path, size, place on the disk and times of change; None reads all.
 
     Returns:
         Hexadecimal hashes by ``image_id``, in the order given; and the files that cannot be read, or that bear the name
@@ -335,12 +338,17 @@ def content_hashes(images: Sequence[ImageFile]) -> tuple[dict[str, str], list[So
     problems = []
     groups = [images[start : start + _HASHED] for start in range(0, len(images), _HASHED)]
     with tqdm(total=len(images), desc="hash images", unit="image", delay=2) as bar:
-        for group, results in in_threads(_hash, groups):
-            for image, result in zip(group, results, strict=True):
+        for group, results in in_threads(lambda image: _hash(image, memo), groups):
+            new = {}
+            for image, (result, state) in zip(group, results, strict=True):
+                if state is not None and not isinstance(result, SampleError):
+                    new[state] = result
                 if isinstance(result, SampleError):
                     problems.append(SourceProblem(image.image_id, str(result)))
                 elif found.setdefault(image.image_id, result) != result:
                     problems.append(SourceProblem(image.image_id, "another image has the same image_id: rename one"))
+            if memo is not None:
+                memo.add({state: result for state, result in new.items() if state not in memo})
             bar.update(len(group))
     return found, problems
 
@@ -419,19 +427,32 @@ def _embed_batch(
     return problems | {key: f"its embedding {reason}" for key, reason in bad.items()}
 
 
-def _hash(image: ImageFile) -> str | SampleError:
+def _hash(image: ImageFile, memo: Memo | None) -> tuple[str | SampleError, str | None]:
+    """The hash, and by what it is known again, if it can be."""
+    state = None if memo is None else _state(image)
+    if memo is not None and state is not None and state in memo:
+        return str(memo[state]), state
     try:
-        return hashlib.sha256(image.read()).hexdigest()
+        return hashlib.sha256(image.read()).hexdigest(), state
     except SampleError as error:
-        return error
+        return error, None
+
+
+def _state(image: ImageFile) -> str | None:
+    """What a file cannot keep when its content changes; None for images that are not a file of their own."""
+    if type(image) is not ImageFile or image.path is None:
+        return None
+    try:
+        found = image.path.stat()
+    except (OSError, ValueError):
+        # Reading it will say what is wrong.
+        return None
+    return content_key(str(image.path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def _decode(image: ImageFile, content: str) -> Image.Image | SampleError:
     try:
-        data = image.read()
-        if hashlib.sha256(data).hexdigest() != content:
-            raise SampleError("the image file has changed since it was hashed: start again")
-        return decode_image(data)
+        return decode_image(read_unchanged(image, content))
     except SampleError as error:
         return error
 
