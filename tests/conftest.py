@@ -15,6 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def alone(**more: str) -> dict[str, str]:
+    """The environment for a process that starts others: what this one has run must not choose their port."""
+    launched = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **more}
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_models import make_tiny_llava

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ from realign_lightning.data import ShardWriter
 from realign_lightning.export import export_checkpoint
 from realign_lightning.losses import RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
-from tests.conftest import picture, preference_samples
+from tests.conftest import alone, picture, preference_samples
 from tests.modules import two_processes
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, make_tiny
 
@@ -369,7 +368,7 @@ class TestShardedFolder:
         with ShardWriter(folder / "shards") as writer:
             for sample in preference_samples(7):
                 writer.write(sample)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment = alone()
         command = [sys.executable, "-m", "tests.test_export", f"{folder}/base", f"{folder}/shards", kind, f"{folder}"]
         subprocess.run(command, check=True, timeout=300, env=environment, cwd=ROOT)  # noqa: S603
         return kind, folder

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import yaml
 
 from realign_lightning.cli import run
 from realign_lightning.data import ShardWriter
-from tests.conftest import preference_samples
+from tests.conftest import alone, preference_samples
 from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +126,7 @@ def fit_and_validate(arguments: list[str], folder: Path) -> None:
 
 def fit_and_validate_in_two_processes(arguments: list[str], folder: Path) -> None:
     """The same by the command itself, on two ranks with gloo."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = alone()
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "realign_lightning"]
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from realign_lightning.data import ShardWriter
-from tests.conftest import preference_samples
+from tests.conftest import alone, preference_samples
 from tests.modules import two_processes
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +22,7 @@ LOGGED = ("train/loss", "train/logps/chosen", "train/logps/visual", "train/rewar
 def run_module(module: str, *arguments: str) -> None:
     """Run a module of the tests in a process of its own, which starts the second one itself."""
     # But for what Lightning left: seeds of earlier tests, which only runs of several processes would take up.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = alone()
     command = [sys.executable, "-m", module, *arguments]
     subprocess.run(command, check=True, timeout=300, env=environment, cwd=ROOT)  # noqa: S603
 

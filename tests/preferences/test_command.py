@@ -1,7 +1,6 @@
 """``realign-lightning build`` as users run it: recipes, exit status, plans, several processes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from realign_lightning.demos.quickstart import digit_builder
 from realign_lightning.inspection import write_page
 from realign_lightning.preferences import Policy
 from realign_lightning.preferences.command import read_recipe
+from tests.conftest import alone
 from tests.preferences.test_build import bytes_of, problems_of, samples_of
 from tests.tiny_models import make_tiny, make_tiny_sentence_encoder
 
@@ -198,10 +198,10 @@ class Marker(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint():
     Marker.asked = 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Marker)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Marker) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
 
 
 def test_the_papers_setting_by_its_recipe(inside, tmp_path_factory, tiny_llava, endpoint):
@@ -368,7 +368,7 @@ def test_without_a_policy_it_says_what_is_missing(inside):
 def test_settings_that_are_refused_end_in_one_message(inside):
     """Also where the parser of recipes wraps the reason into one of its own."""
     command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = alone(PYTHONPATH=str(ROOT))
     for arguments, message in (
         (["--builder.masker.init_args.fraction", "2"], "error: Expected `fraction` in (0, 1], got 2.0.\n"),
         (["--builder.gate.init_args.refusals", "['(']"], "error: Expected `refusals` to be regular expressions"),
@@ -384,7 +384,7 @@ def test_sigterm_ends_the_build_where_it_is(inside):
     command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
     command += ["--source.init_args.scenes", "400", "--output", "pairs"]
     command += ["--builder.completer.init_args.engine.init_args.batch_size", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = alone(PYTHONPATH=str(ROOT))
     with subprocess.Popen(command, env=environment) as running:  # noqa: S603
         answers = Path("pairs.work/answers")
         while running.poll() is None and not list(answers.glob("*/*.jsonl")):
@@ -406,7 +406,7 @@ def test_another_precision_gives_other_answers(inside):
 
 
 def in_processes(output: str, *arguments: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = alone(PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
     command += ["--source.init_args.scenes", "20", "--output", output, *arguments]
     subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603
@@ -414,7 +414,7 @@ def in_processes(output: str, *arguments: str) -> None:
 
 def test_the_quick_start_trains_on_two_devices(inside):
     """One process builds while the other waits."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = alone(PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "realign_lightning", "fit", "--config", str(ROOT / "recipes" / "digits.yaml")]
     command += ["--data.builder.init_args.scenes", "10", "--data.builder.init_args.val_scenes", "4"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2"]
