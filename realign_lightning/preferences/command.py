@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.sources.base import Source
-from realign_lightning.preferences.asking import EngineError
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
@@ -105,7 +104,8 @@ def main(args: Sequence[str]) -> None:
     try:
         trainer.predict(module, return_predictions=False)
     except OSError as error:
-        if isinstance(error, EngineError):
+        # What this package refuses says itself what to do.
+        if error.errno is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         work = parts.work or f"{parts.output}.work"
