@@ -268,15 +268,10 @@ class Backbone(ABC):
         """
         return (tokens["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
 
-    def generate(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], drop_unfinished: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to :meth:`generate_tokens`.
-
-        With ``drop_unfinished`` an answer that was cut before its end is given as an empty text.
-        """
+    def generate(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[str]:
+        """Answers to the rows of :meth:`encode_prompts`; ``kwargs`` go to :meth:`generate_tokens`."""
         rows = self.generate_tokens(model, inputs, **kwargs)
-        return [self.decode(row.tokens) if row.finished or not drop_unfinished else "" for row in rows]
+        return [self.decode(row.tokens) for row in rows]
 
     @abstractmethod
     def generate_tokens(self, model: nn.Module, inputs: Mapping[str, Tensor], **kwargs: Any) -> list[GeneratedRow]:

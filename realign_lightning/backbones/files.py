@@ -125,6 +125,20 @@ def _is_template(file: Path) -> bool:
     return file.name.startswith("chat_template") or "additional_chat_templates" in file.parts
 
 
+def file_state(path: Path) -> dict[str, int]:
+    """What a file cannot keep when its content changes: size, place on the disk and times of change.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: if there is none.
+    """
+    state = path.stat()
+    # The time of modification can be set by anyone, that of the last change to the file's entry cannot.
+    return {name: getattr(state, name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")}
+
+
 class FileHasher:
     """SHA-256 of files; what was hashed is known again by path, size, place on the disk and times of change.
 
@@ -147,10 +161,7 @@ class FileHasher:
         Args:
             path: the file.
         """
-        state = path.stat()
-        # The time of modification can be set by anyone, that of the last change to the file's entry cannot.
-        names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-        seen = {name: getattr(state, name) for name in names}
+        seen = file_state(path)
         known = self._known.get(str(path.resolve()), {})
         if {name: known.get(name) for name in seen} == seen:
             return str(known["sha256"])
@@ -158,7 +169,7 @@ class FileHasher:
         with (
             path.open("rb") as file,
             tqdm(
-                desc=f"identify {path.name}", total=state.st_size, unit="B", unit_scale=True, delay=2, leave=False
+                desc=f"identify {path.name}", total=seen["st_size"], unit="B", unit_scale=True, delay=2, leave=False
             ) as bar,
         ):
             while chunk := file.read(_CHUNK):

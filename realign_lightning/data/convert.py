@@ -308,14 +308,19 @@ _UNREAD = Image.new("RGB", (1, 1))
 """Stands where a sample wants a decoded image although its file is given."""
 
 
-def _sample(pair: Pair) -> PreferenceSample:
+def sample_of(pair: Pair) -> PreferenceSample:
+    """A pair as :class:`~realign_lightning.data.ShardWriter` takes it beside its image files; nothing is decoded.
+
+    Args:
+        pair: to be written.
+    """
     return PreferenceSample(pair.key, _UNREAD, _UNREAD, pair.prompt, pair.chosen, pair.rejected, dict(pair.provenance))
 
 
 def _check(pair: Pair) -> None:
     """Refuse what no shard could hold, whatever the format, so that it can come back."""
     if pair.retrieved is not None:
-        encode_members(_sample(pair), image=pair.image, retrieved=pair.retrieved)
+        encode_members(sample_of(pair), image=pair.image, retrieved=pair.retrieved)
     else:
         check_source(pair.key, pair.prompt, pair.chosen, decode_image(pair.image))
         check_response(pair.rejected, "rejected")
@@ -329,7 +334,7 @@ class _Shards(PairWriter):
         self._writer = ShardWriter(folder, SAMPLES_PER_TAR, built_with={"command": "convert"})
 
     def write(self, pair: Pair) -> None:
-        self._writer.write(_sample(pair), pair.image, pair.retrieved)
+        self._writer.write(sample_of(pair), pair.image, pair.retrieved)
 
     def close(self) -> None:
         self._writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 from realign_lightning.preferences.engine import Answer, Engine, Question
@@ -29,7 +28,6 @@ class AnswerBook:
         self.asked = 0
         self.prompt_tokens = 0
         self.new_tokens = 0
-        self.seconds = 0.0
         self._memo = memo
         self._failed = 0
 
@@ -75,10 +73,8 @@ class AnswerBook:
         return Answer(text, finished)
 
     def _answer(self, asked: Mapping[str, Question]) -> dict[str, Answer]:
-        started = time.monotonic()
         questions: Sequence[Question] = list(asked.values())
         answers = dict(zip(asked, self.engine.answer(questions), strict=True))
-        self.seconds += time.monotonic() - started
         self.asked += len(answers)
         self.prompt_tokens += sum(answer.prompt_tokens for answer in answers.values())
         self.new_tokens += sum(answer.new_tokens for answer in answers.values())

@@ -84,8 +84,9 @@ def main(args: Sequence[str]) -> None:
         ValueError: for settings out of range, and as :meth:`PreferenceBuilder.build`.
         OSError: as :meth:`PreferenceBuilder.build`.
     """
-    config = _parser().parse_args(list(args))
-    settings, parts = _told(config), _parser().instantiate(config)
+    parser = _parser()
+    config = parser.parse_args(list(args))
+    settings, parts = _told(config), parser.instantiate(config)
     builder: PreferenceBuilder = parts.builder
     if config.dry_run:
         prices = Prices(config.price_per_million_read, config.price_per_million_written)
@@ -127,7 +128,8 @@ def read_recipe(args: Sequence[str]) -> Any:
     Returns:
         A namespace with ``source``, ``backbone``, ``pool``, ``builder`` and the other settings.
     """
-    return _parser().instantiate(_parser().parse_args(list(args)))
+    parser = _parser()
+    return parser.instantiate(parser.parse_args(list(args)))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from realign_lightning.data.schema import decode_sample
 from realign_lightning.data.sources import ImageFile, ImageFolder, SourceProblem
 from realign_lightning.journal import read_journal
 from realign_lightning.preferences import Answer, EngineError, Gate, Policy, WordOverlap
+from tests.conftest import alone
 from tests.preferences.building import (
     Eyes,
     Listed,
@@ -591,7 +591,7 @@ def test_disk_full_at_any_moment_loses_nothing(tmp_path):
     for limit in limits:
         log = tmp_path / f"{limit}.log"
         command = [sys.executable, str(script), str(limit), str(output), str(log), str(rows)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone(PYTHONPATH=str(ROOT)))  # noqa: S603
         logs.append(log.read_text().splitlines() if log.exists() else [])
         assert (done.returncode == 0) == (limit == 0), done.stderr
         if limit:
@@ -600,10 +600,6 @@ def test_disk_full_at_any_moment_loses_nothing(tmp_path):
     assert bytes_of(output) == bytes_of(whole)
     counts = Counter(line for log in logs for line in log)
     assert sum(count - 1 for count in counts.values()) <= 2 * (len(limits) - 1), "at most the batch that did not fit"
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 KILLED = """
@@ -657,9 +653,15 @@ def test_killed_at_twenty_random_moments_the_bytes_are_those_of_the_undisturbed_
     script, log, output = tmp_path / "killed.py", tmp_path / "log", tmp_path / "pairs"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(output), str(log), str(rows), "20", "7"]
-    longest = {"LONGEST": str(min(0.5 * took, 0.6))}
+    settings = alone(PYTHONPATH=str(ROOT), LONGEST=str(min(0.5 * took, 0.6)))
     done = subprocess.run(  # noqa: S603
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**environment(), **longest}, timeout=300, check=True
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=settings,
+        timeout=300,
+        check=True,
     )
     assert bytes_of(output) == bytes_of(tmp_path / "whole")
     seen = done.stdout.splitlines()

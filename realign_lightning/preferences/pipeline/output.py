@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from realign_lightning.backbones.files import hash_bytes, write_json
 from realign_lightning.data.card import PICTURES, write_card
+from realign_lightning.data.convert import Pair, sample_of
 from realign_lightning.data.publish import (
     check_target,
     publish_folder,
@@ -28,15 +28,12 @@ from realign_lightning.preferences.pipeline.drafts import Draft, Try, still_open
 from realign_lightning.preferences.pipeline.reading import Album
 from realign_lightning.preferences.pipeline.report import rounded
 from realign_lightning.preferences.pipeline.run import Run
-from realign_lightning.types import PreferenceSample, SampleError
+from realign_lightning.types import SampleError
 
 _OURS = re.compile(rf"index\.json|shard-\d{{6}}\.tar|README(\.new)?\.md|{PICTURES}")
 _WRITTEN = "written.json"
 _LONGEST_SHOWN = 200
 """Characters of a setting on the card."""
-
-_UNREAD = Image.new("RGB", (1, 1))
-"""Stands where a sample wants a decoded image although its file is given."""
 
 
 def check_output(target: Path, work: Path, overwrite: bool) -> None:
@@ -144,11 +141,9 @@ class Output:
         attempt = draft.tries[-1].attempt if draft.tries else None
         rejected = record.rejected if record.rejected is not None else attempt.text if attempt is not None else ""
         facts = {**record.facts, **self._provenance(draft, retrieved.image_id)}
-        sample = PreferenceSample(
-            record.key, _UNREAD, _UNREAD, record.prompt, record.chosen or "", rejected or "", facts
-        )
         image, other = (read_unchanged(file, album.contents[file.image_id]) for file in (record.image, retrieved))
-        writer.write(sample, image, other)
+        pair = Pair(record.key, record.prompt, record.chosen or "", rejected or "", image, other, facts)
+        writer.write(sample_of(pair), pair.image, pair.retrieved)
 
     def _provenance(self, draft: Draft, retrieved_id: str) -> dict[str, Any]:
         """Where a pair comes from; what the source had is named under ``given``."""

@@ -50,7 +50,9 @@ def write_responses(
             bar.update(len(batch))
     book.engine.finish()
     found = {draft.key: _read(book, keys[draft.key], failures) for draft in mine}
-    for draft, (text, finished, error) in _in_order(wanted, merge(found)):
+    answers = merge(found)
+    for draft in wanted:
+        text, finished, error = answers[draft.key]
         if error is not None:
             draft.leave_out("engine failed", error)
         elif reason := _unusable(text, finished, gate):
@@ -58,13 +60,6 @@ def write_responses(
         else:
             draft.record = replace(draft.record, chosen=text)
             draft.generated = True
-
-
-_Found = tuple[str, bool, str | None]
-
-
-def _in_order(drafts: Sequence[Draft], found: dict[str, _Found]) -> list[tuple[Draft, _Found]]:
-    return [(draft, found[draft.key]) for draft in drafts]
 
 
 def _key(draft: Draft, album: Album, seed: int | None) -> str:
@@ -82,7 +77,7 @@ def _question(draft: Draft, album: Album, key: str) -> Question | None:
     return Question(draft.record.prompt, image, int(key[:15], 16))
 
 
-def _read(book: AnswerBook, key: str, failures: dict[str, str]) -> _Found:
+def _read(book: AnswerBook, key: str, failures: dict[str, str]) -> tuple[str, bool, str | None]:
     answer = book.answer(key)
     if answer is None:
         return "", False, failures.get(key, "the image has gone, or changed, since it was checked")

@@ -181,11 +181,12 @@ class Run:
             neighbours: of this rank's share, as :meth:`retrieve` returns them.
         """
         top_k = self._retriever.rules.top_k
-        mine = share(self.unfinished())
-        candidates = {draft.key: self._candidates(draft, neighbours) for draft in mine}
-        short = sum(len(candidates[draft.key]) < top_k for draft in mine if draft.record.retrieved is None)
-        found = {draft.key: _given(candidates[draft.key]) for draft in mine if draft.masked is None}
-        if any(draft.masked is not None for draft in self.unfinished()):
+        unfinished = self.unfinished()
+        mine = share(unfinished)
+        queries = [draft.record.image.image_id for draft in mine if draft.record.retrieved is None]
+        short = sum(len(neighbours[name]) < top_k for name in queries)
+        found = {draft.key: _given(self._candidates(draft, neighbours)) for draft in mine if draft.masked is None}
+        if any(draft.masked is not None for draft in unfinished):
             found |= self._try(self.trials(neighbours))
         self._finish(found, short)
 

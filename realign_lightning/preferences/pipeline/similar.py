@@ -40,8 +40,9 @@ def embed_album(album: Album, encoder: ImageEncoder, store: EmbeddingStore) -> d
         What is wrong with images that have no embedding, by id. They are no longer to be retrieved.
     """
     rank, world_size = rank_and_world_size()
-    files = [album.files[name] for name in album.retrievable]
-    found = embed_missing(store, encoder, files, album.retrievable, rank, world_size)
+    contents = album.retrievable
+    files = [album.files[name] for name in contents]
+    found = embed_missing(store, encoder, files, contents, rank, world_size)
     problems = merge({problem.where: problem.reason for problem in found})
     album.pool -= problems.keys()
     store.refresh()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from realign_lightning.backbones.files import hash_json, write_json
+from realign_lightning.backbones.files import file_state, hash_json, write_json
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile, SourceProblem
 from realign_lightning.data.sources.images import read_unchanged
@@ -443,11 +443,10 @@ def _state(image: ImageFile) -> str | None:
     if type(image) is not ImageFile or image.path is None:
         return None
     try:
-        found = image.path.stat()
+        return content_key(str(image.path), file_state(image.path))
     except (OSError, ValueError):
         # Reading it will say what is wrong.
         return None
-    return content_key(str(image.path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def _decode(image: ImageFile, content: str) -> Image.Image | SampleError:
