@@ -52,10 +52,11 @@ from realign_lightning.data.sources import SourceRecord
 from realign_lightning.demos.quickstart import DigitBackbone, digit_builder
 from realign_lightning.demos.scenes import CELLS, DIGITS, INKS, MASK, Scene
 from realign_lightning.demos.source import DigitScenes
-from realign_lightning.preferences import Gate, LocalEngine, Policy, SentenceSimilarity, Similarity, WordOverlap
+from realign_lightning.engines import LocalEngine, Policy
+from realign_lightning.engines.base import Answer, Engine, Question
+from realign_lightning.preferences import Gate, SentenceSimilarity, Similarity, WordOverlap
 from realign_lightning.preferences.accept import Scope, normalise
 from realign_lightning.preferences.completing import text_of
-from realign_lightning.preferences.engine import Answer, Engine, Question
 from realign_lightning.preferences.mask import KINDS, MaskedResponse, Span
 from realign_lightning.preferences.pipeline.run import Run
 from realign_lightning.preferences.retrieval.search import faiss

@@ -26,18 +26,10 @@ from realign_lightning.demos.scenes import (
     question,
 )
 from realign_lightning.demos.source import DigitScenes
+from realign_lightning.engines import LocalEngine, Policy
 from realign_lightning.metrics import CHAIR, POPE, Lexicon, pope_questions
 from realign_lightning.metrics.functional.pope import PopeKind
-from realign_lightning.preferences import (
-    Completer,
-    Gate,
-    LexiconMasker,
-    LocalEngine,
-    Policy,
-    PreferenceBuilder,
-    Retriever,
-    WordOverlap,
-)
+from realign_lightning.preferences import Completer, Gate, LexiconMasker, PreferenceBuilder, Retriever, WordOverlap
 from realign_lightning.ranks import alone
 from realign_lightning.types import PreferenceSample
 

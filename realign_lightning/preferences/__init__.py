@@ -1,12 +1,8 @@
 """Dual-preference data from good answers: mask, retrieve, induce, accept."""
 
 from realign_lightning.preferences.accept import Gate, SentenceSimilarity, Similarity, Verdict, WordOverlap
-from realign_lightning.preferences.asking import AnswerBook, EngineError
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.completing import Completer, Completion
-from realign_lightning.preferences.endpoint import EndpointEngine
-from realign_lightning.preferences.engine import Answer, Engine, Form, Question
-from realign_lightning.preferences.local import LocalEngine
 from realign_lightning.preferences.mask import (
     KINDS,
     LIST_INSTRUCTION,
@@ -21,10 +17,8 @@ from realign_lightning.preferences.mask import (
     find_claims,
     read_marks,
 )
-from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.near_duplicates import Band, are_near_duplicates, calibrate_band, perceptual_hash
 from realign_lightning.preferences.pipeline.report import BuildReport
-from realign_lightning.preferences.policy import Policy
 from realign_lightning.preferences.retrieve import (
     IVFPQ,
     EmbeddingStore,
@@ -38,17 +32,13 @@ from realign_lightning.preferences.retrieve import (
     embed_images,
     embed_missing,
 )
-from realign_lightning.preferences.text import TextEngine
 from realign_lightning.preferences.trials import Attempt, Candidate, Outcome, Trial, Trials
-from realign_lightning.preferences.vllm import VLLMEngine
 
 __all__ = [
     "IVFPQ",
     "KINDS",
     "LIST_INSTRUCTION",
     "MASK_INSTRUCTION",
-    "Answer",
-    "AnswerBook",
     "Attempt",
     "Band",
     "BuildReport",
@@ -56,42 +46,31 @@ __all__ = [
     "Completer",
     "Completion",
     "EmbeddingStore",
-    "EndpointEngine",
-    "Engine",
-    "EngineError",
-    "Form",
     "Gate",
     "ImageEncoder",
     "ImageIndex",
     "LLMMasker",
     "LexiconMasker",
-    "LocalEngine",
     "MaskError",
     "MaskedResponse",
     "Masker",
-    "Memo",
     "Neighbour",
     "Outcome",
-    "Policy",
     "PolicyEncoder",
     "PreferenceBuilder",
-    "Question",
     "Retriever",
     "SentenceSimilarity",
     "Similarity",
     "Span",
     "SpanMasker",
-    "TextEngine",
     "TimmEncoder",
     "Trial",
     "Trials",
-    "VLLMEngine",
     "Verdict",
     "WordOverlap",
     "are_near_duplicates",
     "calibrate_band",
     "content_hashes",
-    "content_key",
     "embed_images",
     "embed_missing",
     "find_claims",

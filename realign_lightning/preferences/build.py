@@ -12,14 +12,14 @@ from typing import Any
 from realign_lightning.backbones.files import write_json
 from realign_lightning.data.sources import ImageFolder
 from realign_lightning.data.sources.base import Source
+from realign_lightning.engines.base import Engine
+from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.accept import Gate
 from realign_lightning.preferences.completing import Completer
-from realign_lightning.preferences.engine import Engine
 from realign_lightning.preferences.mask import LexiconMasker, Masker
 from realign_lightning.preferences.pipeline.output import Output, check_output
 from realign_lightning.preferences.pipeline.report import BuildReport
 from realign_lightning.preferences.pipeline.run import Run, Stages
-from realign_lightning.preferences.policy import Policy
 from realign_lightning.preferences.retrieve import Retriever
 from realign_lightning.ranks import gather, rank_and_world_size
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.sources.base import Source
+from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
-from realign_lightning.preferences.policy import Policy
 
 NOTHING_CAME_OUT = 1
 """Exit status when no pair came out, or something stood in the way."""

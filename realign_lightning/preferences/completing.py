@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
 
-from realign_lightning.preferences.engine import Answer, Engine, Form, Question
-from realign_lightning.preferences.local import LocalEngine
+from realign_lightning.engines.base import Answer, Engine, Form, Question
+from realign_lightning.engines.local import LocalEngine
 from realign_lightning.preferences.mask import MaskedResponse, Span
 from realign_lightning.types import Prompt
 

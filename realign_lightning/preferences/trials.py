@@ -13,12 +13,12 @@ from PIL import Image
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile
 from realign_lightning.data.sources.images import read_unchanged
+from realign_lightning.engines.asking import AnswerBook
+from realign_lightning.engines.base import Answer, Question
+from realign_lightning.engines.memo import Memo, content_key, prompt_value
 from realign_lightning.preferences.accept import Gate, Reason, Verdict
-from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.completing import Completer
-from realign_lightning.preferences.engine import Answer, Question
 from realign_lightning.preferences.mask import MaskedResponse
-from realign_lightning.preferences.memo import Memo, content_key, prompt_value
 from realign_lightning.types import Prompt, SampleError
 
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from realign_lightning.data.sources import ImageFile, Source, SourceProblem, SourceRecord
+from realign_lightning.engines import Answer, Engine
 from realign_lightning.preferences import (
-    Answer,
     Completer,
-    Engine,
     Gate,
     ImageEncoder,
     LexiconMasker,

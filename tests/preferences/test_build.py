@@ -16,8 +16,9 @@ from realign_lightning.data import ShardDataset
 from realign_lightning.data.scan import scan_shard
 from realign_lightning.data.schema import decode_sample
 from realign_lightning.data.sources import ImageFile, ImageFolder, SourceProblem
+from realign_lightning.engines import Answer, EngineError, Policy
 from realign_lightning.journal import read_journal
-from realign_lightning.preferences import Answer, EngineError, Gate, Policy, WordOverlap
+from realign_lightning.preferences import Gate, WordOverlap
 from tests.conftest import alone
 from tests.preferences.building import (
     Eyes,

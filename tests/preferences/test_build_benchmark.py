@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
+from realign_lightning.preferences.engine import Question
 
 from benchmarks import build
 from benchmarks.build import (
@@ -29,8 +30,8 @@ from benchmarks.build import (
     truths,
 )
 from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, PlacedDigit, Scene, absent, answer, caption, question
-from realign_lightning.preferences import Answer, Engine, WordOverlap
-from realign_lightning.preferences.engine import Question
+from realign_lightning.engines import Answer, Engine
+from realign_lightning.preferences import WordOverlap
 from realign_lightning.preferences.mask import MaskedResponse, Span
 from realign_lightning.preferences.retrieval.search import faiss
 from tests.preferences.annotated import read_annotated

@@ -17,8 +17,8 @@ from realign_lightning.cli import run
 from realign_lightning.data import ShardDataset, read_index
 from realign_lightning.demos import DigitBackbone, DigitScenes
 from realign_lightning.demos.quickstart import digit_builder
+from realign_lightning.engines import Policy
 from realign_lightning.inspection import write_page
-from realign_lightning.preferences import Policy
 from realign_lightning.preferences.command import read_recipe
 from tests.conftest import alone
 from tests.preferences.test_build import bytes_of, problems_of, samples_of
@@ -100,7 +100,7 @@ def test_a_folder_of_pictures_and_nothing_else(inside, capsys):
     pictures = str(Path("pictures").absolute())
     source = ["--source", "realign_lightning.data.sources.ImageFolder", "--source.init_args.path", pictures]
     source += ["--source.init_args.prompt", "describe the image ."]
-    responder = ["--builder.responder", "realign_lightning.preferences.LocalEngine"]
+    responder = ["--builder.responder", "realign_lightning.engines.LocalEngine"]
     responder += ["--builder.responder.init_args.max_new_tokens", "48"]
     recipe = ["--config", str(RECIPES / "digits.yaml"), "--output", "pairs"]
     status = build(*recipe, *source, *responder)
@@ -291,7 +291,7 @@ def masked_by(endpoint: str) -> list[str]:
     engine = "--builder.masker.init_args.engine"
     return [
         *("--builder.masker", "realign_lightning.preferences.LLMMasker"),
-        *(engine, "realign_lightning.preferences.EndpointEngine"),
+        *(engine, "realign_lightning.engines.EndpointEngine"),
         *(f"{engine}.init_args.model", "m", f"{engine}.init_args.base_url", endpoint),
     ]
 

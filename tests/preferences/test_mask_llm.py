@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from realign_lightning.preferences.engine import Answer, Engine
+from realign_lightning.engines.base import Answer, Engine
 from realign_lightning.preferences.mask import MASK_INSTRUCTION, LLMMasker, MaskError, Span, read_marks
 
 TEXT = "A red bus is parked next to two cats, and a bus stop."

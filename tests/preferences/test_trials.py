@@ -8,11 +8,11 @@ import random
 import pytest
 
 from realign_lightning.data.sources.base import ImageFile
+from realign_lightning.engines.base import Answer, Engine
+from realign_lightning.engines.memo import Memo
 from realign_lightning.preferences.accept import Gate, WordOverlap
 from realign_lightning.preferences.completing import Completer
-from realign_lightning.preferences.engine import Answer, Engine
 from realign_lightning.preferences.mask import LexiconMasker
-from realign_lightning.preferences.memo import Memo
 from realign_lightning.preferences.trials import Candidate, Trial, Trials
 from tests.conftest import picture
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from realign_lightning.preferences.asking import AnswerBook
-from realign_lightning.preferences.engine import Answer, Engine, Question
+from realign_lightning.engines.asking import AnswerBook
+from realign_lightning.engines.base import Answer, Engine, Question
+from realign_lightning.engines.memo import content_key
 from realign_lightning.preferences.masking.base import Level, MaskedResponse, MaskError, Otherwise, SpanMasker
 from realign_lightning.preferences.masking.marks import read_marks
-from realign_lightning.preferences.memo import content_key
 
 LIST_INSTRUCTION = (
     "Below is an answer to a question about an image. List the words or segments of it that are about objects, "

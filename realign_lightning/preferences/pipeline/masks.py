@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from realign_lightning.engines.memo import Memo, content_key
 from realign_lightning.preferences.mask import MaskedResponse, Masker, MaskError, Span
-from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.pipeline.drafts import Draft, still_open
 from realign_lightning.ranks import merge, share
 

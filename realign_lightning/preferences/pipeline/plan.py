@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from realign_lightning.data.sources.base import Source, SourceProblem, SourceRecord
+from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.pipeline.run import Run, Stages
-from realign_lightning.preferences.policy import Policy
 from realign_lightning.ranks import gather, rank_and_world_size
 
 if TYPE_CHECKING:

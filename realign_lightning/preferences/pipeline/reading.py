@@ -11,11 +11,11 @@ from tqdm import tqdm
 from realign_lightning.backbones.files import hash_bytes
 from realign_lightning.data.schema import check_prompt, check_response, decode_image
 from realign_lightning.data.sources.base import ImageFile, Source, SourceProblem, SourceRecord
-from realign_lightning.preferences.memo import Memo, content_key, prompt_value
+from realign_lightning.engines.memo import Memo, content_key, prompt_value
+from realign_lightning.engines.policy import Policy
+from realign_lightning.engines.threads import in_threads
 from realign_lightning.preferences.pipeline.drafts import Draft, LeftOut, still_open
-from realign_lightning.preferences.policy import Policy
 from realign_lightning.preferences.retrieve import content_hashes
-from realign_lightning.preferences.threads import in_threads
 from realign_lightning.ranks import gather, merge, rank_and_world_size, share
 from realign_lightning.types import SampleError
 

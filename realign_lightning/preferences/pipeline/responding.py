@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.images import read_unchanged
+from realign_lightning.engines.asking import AnswerBook
+from realign_lightning.engines.base import Question
+from realign_lightning.engines.memo import content_key, prompt_value
 from realign_lightning.preferences.accept import Gate, is_writable
-from realign_lightning.preferences.asking import AnswerBook
-from realign_lightning.preferences.engine import Question
-from realign_lightning.preferences.memo import content_key, prompt_value
 from realign_lightning.preferences.pipeline.drafts import Draft, still_open
 from realign_lightning.preferences.pipeline.reading import Album
 from realign_lightning.ranks import merge, share

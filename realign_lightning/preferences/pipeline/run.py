@@ -14,20 +14,20 @@ from tqdm import tqdm
 
 from realign_lightning.backbones.files import FileHasher
 from realign_lightning.data.sources.base import Source
+from realign_lightning.engines.asking import AnswerBook
+from realign_lightning.engines.base import Engine
+from realign_lightning.engines.local import LocalEngine
+from realign_lightning.engines.memo import Memo, content_key
+from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.accept import Gate
-from realign_lightning.preferences.asking import AnswerBook
 from realign_lightning.preferences.completing import Completer
-from realign_lightning.preferences.engine import Engine
-from realign_lightning.preferences.local import LocalEngine
 from realign_lightning.preferences.mask import LLMMasker, Masker
-from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.pipeline.drafts import Draft, LeftOut, Try, still_open
 from realign_lightning.preferences.pipeline.masks import mask_responses
 from realign_lightning.preferences.pipeline.reading import Album, check_images, check_texts, read_drafts, read_pool
 from realign_lightning.preferences.pipeline.report import BuildReport
 from realign_lightning.preferences.pipeline.responding import write_responses
 from realign_lightning.preferences.pipeline.similar import calibrated, embed_album, find_neighbours, prepare_index
-from realign_lightning.preferences.policy import Policy
 from realign_lightning.preferences.retrieve import EmbeddingStore, ImageEncoder, Neighbour, PolicyEncoder, Retriever
 from realign_lightning.preferences.trials import Candidate, Outcome, Trial, Trials
 from realign_lightning.ranks import gather, rank_and_world_size, share

@@ -8,7 +8,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from realign_lightning.preferences.memo import Memo, content_key
+from realign_lightning.engines.memo import Memo, content_key
 from realign_lightning.preferences.pipeline.reading import Album
 from realign_lightning.preferences.retrieve import (
     EmbeddingStore,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from realign_lightning.backbones.base import Backbone, eval_mode
-from realign_lightning.preferences.policy import Policy, best_device
+from realign_lightning.engines.policy import Policy, best_device
 
 _OF_TEXTS = ("chat_template", "max_length")
 """Of a policy's identity, what images do not depend on."""

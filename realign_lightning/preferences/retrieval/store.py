@@ -19,11 +19,11 @@ from realign_lightning.backbones.files import file_state, hash_json, write_json
 from realign_lightning.data.schema import decode_image
 from realign_lightning.data.sources.base import ImageFile, SourceProblem
 from realign_lightning.data.sources.images import read_unchanged
+from realign_lightning.engines.memo import Memo, content_key
+from realign_lightning.engines.threads import in_threads
 from realign_lightning.journal import write_all
-from realign_lightning.preferences.memo import Memo, content_key
 from realign_lightning.preferences.near_duplicates import PERCEPTUAL_HASH, perceptual_hash
 from realign_lightning.preferences.retrieval.encoders import ImageEncoder
-from realign_lightning.preferences.threads import in_threads
 from realign_lightning.types import SampleError
 
 SCHEMA = 1

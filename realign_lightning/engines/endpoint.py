@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from realign_lightning.preferences.chat_parts import chat_messages
-from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
+from realign_lightning.engines.base import Answer, Engine, Question, check_positive
+from realign_lightning.engines.chat_parts import chat_messages
 from realign_lightning.types import Prompt, SampleError
 
 _CUT = ("length", "content_filter")

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from realign_lightning.preferences import LLMMasker, Masker, MaskError, TextEngine
-from realign_lightning.preferences.engine import Form, Question
+from realign_lightning.engines import TextEngine
+from realign_lightning.engines.base import Form, Question
+from realign_lightning.preferences import LLMMasker, Masker, MaskError
 from tests.conftest import picture
 from tests.tiny_models import chatml_template, llama_tokenizer, qwen_tokenizer, text_arguments
 

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from realign_lightning.preferences.endpoint import EndpointEngine, _Pace
-from realign_lightning.preferences.engine import Question
+from realign_lightning.engines.base import Question
+from realign_lightning.engines.endpoint import EndpointEngine, _Pace
 from tests.conftest import picture
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from realign_lightning.preferences.policy import Policy
+from realign_lightning.engines.policy import Policy
 from realign_lightning.types import Prompt
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from realign_lightning.preferences.chat_parts import chat_messages
-from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
-from realign_lightning.preferences.text import checkpoint_identity
+from realign_lightning.engines.base import Answer, Engine, Question, check_positive
+from realign_lightning.engines.chat_parts import chat_messages
+from realign_lightning.engines.text import checkpoint_identity
 from realign_lightning.types import SampleError
 
 _INSTALL = (

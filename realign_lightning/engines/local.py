@@ -10,9 +10,9 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from realign_lightning.backbones.base import Backbone, GeneratedRow
-from realign_lightning.preferences.engine import Answer, Engine, Form, Question, check_positive
-from realign_lightning.preferences.infill import ForcedInfill, FreeInfill, InfillRow, ListedInfill, SeededDraw
-from realign_lightning.preferences.policy import Policy, best_device
+from realign_lightning.engines.base import Answer, Engine, Form, Question, check_positive
+from realign_lightning.engines.infill import ForcedInfill, FreeInfill, InfillRow, ListedInfill, SeededDraw
+from realign_lightning.engines.policy import Policy, best_device
 from realign_lightning.types import SampleError
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from realign_lightning.backbones import AutoBackbone
-from realign_lightning.preferences import Completer, LexiconMasker, LocalEngine, Policy
-from realign_lightning.preferences.infill import InfillRow, ListedInfill
+from realign_lightning.engines import LocalEngine, Policy
+from realign_lightning.engines.infill import InfillRow, ListedInfill
+from realign_lightning.preferences import Completer, LexiconMasker
 from tests.conftest import picture
 
 FILLERS = ["cat", "cats and dogs", "bus", "red bus", "laptop"]

@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from realign_lightning.preferences import EndpointEngine, VLLMEngine
-from realign_lightning.preferences.chat_parts import chat_messages
-from realign_lightning.preferences.engine import Answer, Form, Question
+from realign_lightning.engines import EndpointEngine, VLLMEngine
+from realign_lightning.engines.base import Answer, Form, Question
+from realign_lightning.engines.chat_parts import chat_messages
 from realign_lightning.types import SampleError
 from tests.conftest import picture
 

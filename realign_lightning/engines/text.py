@@ -23,10 +23,10 @@ from transformers import (
 from realign_lightning.backbones.auto import DType
 from realign_lightning.backbones.files import hash_checkpoint, hash_texts
 from realign_lightning.data.shards import file_sha256
-from realign_lightning.preferences.chat_parts import chat_messages
-from realign_lightning.preferences.engine import Answer, Engine, Question, check_positive
-from realign_lightning.preferences.infill import SeededDraw
-from realign_lightning.preferences.policy import best_device
+from realign_lightning.engines.base import Answer, Engine, Question, check_positive
+from realign_lightning.engines.chat_parts import chat_messages
+from realign_lightning.engines.infill import SeededDraw
+from realign_lightning.engines.policy import best_device
 from realign_lightning.types import Message, Prompt, SampleError
 
 _ADVICE = "Expected a folder with a checkpoint, or a name owner/model on the hub: set `model` of the engine."

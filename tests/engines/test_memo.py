@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from realign_lightning.engines.memo import Memo, content_key
 from realign_lightning.journal import JournalError
-from realign_lightning.preferences.memo import Memo, content_key
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
 
@@ -62,7 +62,7 @@ def test_damage_is_named(tmp_path):
 def test_a_process_that_is_killed_loses_nothing_that_it_added(tmp_path, after):
     """It prints each key when it has added it, and is killed in the middle of its work."""
     code = (
-        "import sys; from pathlib import Path; from realign_lightning.preferences.memo import Memo\n"
+        "import sys; from pathlib import Path; from realign_lightning.engines.memo import Memo\n"
         "memo = Memo(Path(sys.argv[1]), 'answers', {})\n"
         "for number in range(10**6):\n"
         "    memo.add({f'{number}a': 'x' * 500, f'{number}b': number}); print(number, flush=True)\n"
@@ -81,7 +81,7 @@ def test_a_process_that_is_killed_loses_nothing_that_it_added(tmp_path, after):
 def test_a_full_disk_is_told_and_costs_no_more_than_what_did_not_fit(tmp_path):
     """The limit on the size of files stands for the disk's."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from realign_lightning.preferences.memo import Memo\n"
+        "import resource, signal, sys; from pathlib import Path; from realign_lightning.engines.memo import Memo\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "memo = Memo(Path(sys.argv[1]), 'answers', {}); memo.add({'first': 1})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

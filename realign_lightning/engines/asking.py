@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from realign_lightning.preferences.engine import Answer, Engine, Question
-from realign_lightning.preferences.memo import Memo
+from realign_lightning.engines.base import Answer, Engine, Question
+from realign_lightning.engines.memo import Memo
 
 _PATIENCE = 50
 """Questions in a row that may fail before a run gives up."""

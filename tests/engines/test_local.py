@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from realign_lightning.backbones import AutoBackbone
-from realign_lightning.preferences.engine import Form, Question
-from realign_lightning.preferences.infill import Choice, FreeInfill, SeededDraw
-from realign_lightning.preferences.local import LocalEngine
-from realign_lightning.preferences.policy import Policy
+from realign_lightning.engines.base import Form, Question
+from realign_lightning.engines.infill import Choice, FreeInfill, SeededDraw
+from realign_lightning.engines.local import LocalEngine
+from realign_lightning.engines.policy import Policy
 from tests.backbones.test_families import backbone_of
 from tests.conftest import picture
 from tests.tiny_models import make_tiny
