@@ -27,14 +27,21 @@ COMMANDS = {
         "realign_lightning.preferences.command",
         "build dual-preference pairs from answers about images: mask, retrieve, induce, accept",
     ),
+    "compare": (
+        "realign_lightning.evaluation.comparison.command",
+        "is one model better than another: intervals, McNemar's test, flipped answers",
+    ),
     "convert": (
         "realign_lightning.data.convert",
         "turn pairs of any layout into shards, and shards into what other libraries read",
     ),
+    "digit-benchmarks": ("realign_lightning.demos.benchmarks", "digit scenes in the official forms of POPE and CHAIR"),
     "estimate": ("realign_lightning.estimate", "memory, arithmetic and hours of a recipe, without its weights"),
     "export": ("realign_lightning.export", "turn a checkpoint into files for plain transformers and peft"),
     "inspect": ("realign_lightning.inspection", "one HTML page to look at the pairs of shards"),
+    "score": ("realign_lightning.evaluation.score", "score answers that were made elsewhere"),
     "teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing"),
+    "test": ("realign_lightning.evaluation.command", "ask a model the questions of a benchmark and score its answers"),
 }
 """Commands beside the Trainer's own: name, module whose ``main(args)`` runs it, one line of help.
 

@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from realign_lightning.backbones import Backbone
 from realign_lightning.modules import RDPOModule
+from realign_lightning.modules.hparams import component_spec
 from realign_lightning.modules.strategy import METADATA
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def export_checkpoint(
     settings = saved.settings if base is None else _with_base(saved.settings, str(base))
     module = _rebuild(settings, merge)
     try:
-        _load(module, saved, merge)
+        _load(module, saved, with_base=merge)
     except (ValueError, OSError) as error:
         error.add_note("`--base` (argument `base`) names the base model, where it is not the one in the checkpoint.")
         raise
@@ -74,6 +76,39 @@ def export_checkpoint(
     log.info("Writing %s", output)
     module.export(output, saved.steps)
     log.info("Wrote %s; its README.md shows how to load it", output)
+
+
+def load_policy(checkpoint: str | Path, backbone: Backbone | None = None) -> RDPOModule:
+    """The module whose policy a checkpoint holds, ready to answer: in eval mode, adapter not merged.
+
+    Args:
+        checkpoint: file ``*.ckpt``, or folder of :class:`~realign_lightning.modules.FSDP2Strategy`.
+        backbone: the base model, in place of the one in the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint or no base model.
+        ValueError: if ``checkpoint`` is none of RDPOModule, or incomplete, or does not fit the base model.
+    """
+    saved = _read(Path(checkpoint))
+    settings = dict(saved.settings)
+    if backbone is not None:
+        settings["backbone"] = component_spec(backbone, "backbone")
+    module = _rebuild(settings, merge=False)
+    _load(module, saved, with_base=True)
+    return module.eval()
+
+
+def checkpoint_backbone(checkpoint: str | Path) -> Backbone:
+    """The base model that a checkpoint was trained from; its weights are not read.
+
+    Args:
+        checkpoint: as :func:`load_policy` takes it.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if ``checkpoint`` is none of RDPOModule, or incomplete.
+    """
+    return _rebuild(_read(Path(checkpoint)).settings, merge=False).backbone
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -201,10 +236,10 @@ def _rebuild(settings: Mapping[str, Any], merge: bool) -> RDPOModule:
         ) from error
 
 
-def _load(module: RDPOModule, saved: _Saved, merge: bool) -> None:
-    """Load the policy with the checkpoint's weights."""
+def _load(module: RDPOModule, saved: _Saved, with_base: bool) -> None:
+    """Load the policy with the checkpoint's weights; those of the base only if asked for, or where it must be."""
     backbone, adapter = module.backbone, module.adapter
-    empty = None if merge else _empty_model(module)
+    empty = None if with_base else _empty_model(module)
     if empty is None:
         log.info("Loading the base model")
     model = backbone.load_model() if empty is None else empty

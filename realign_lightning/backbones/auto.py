@@ -295,10 +295,11 @@ class AutoBackbone(Backbone):
         self, prompt: RenderedPrompt, images: Sequence[Image.Image]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token-level tensors (L,) of the prompt with its images expanded, and the image inputs."""
+        # One list per text: families with several images per text ask for it. Some take nothing but RGB.
+        shown = [[image if image.mode == "RGB" else image.convert("RGB") for image in images]]
         encoded = self.processor(
             text=[prompt.text],
-            # One list per text: families with several images per text ask for it. Some take nothing but RGB.
-            images=[[image if image.mode == "RGB" else image.convert("RGB") for image in images]],
+            **({"images": shown} if images else {}),
             add_special_tokens=self._takes_start_token(prompt.text),
             return_tensors="pt",
         )
@@ -423,12 +424,18 @@ class AutoBackbone(Backbone):
     def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[PromptImages]) -> dict[str, Tensor]:
         """Inputs for generation, one row per (prompt, image or images), padded on the left.
 
+        Rows that show the same image objects share their image inputs, so that it is encoded once.
+
         Raises:
-            ValueError: when there are not as many images as prompts, or none at all.
+            ValueError: when there are not as many images as prompts, or none at all; or rows with images beside rows
+                without.
+            SampleError: for prompts without an image in families that need one.
         """
         if len(prompts) != len(images) or not prompts:
             raise ValueError(f"Expected one image per prompt, got {len(prompts)} prompts and {len(images)} images.")
         shown = [[item] if isinstance(item, Image.Image) else list(item) for item in images]
+        if len({bool(row) for row in shown}) > 1:
+            raise ValueError("Expected an image for every prompt or for none: ask those without an image apart.")
         encoded = [
             self._encode_prompt(self._render_prompt(prompt, len(row)), row)
             for prompt, row in zip(prompts, shown, strict=True)
@@ -438,8 +445,15 @@ class AutoBackbone(Backbone):
         inputs = {name: self._pad([row[name] for row in rows], length, name, left=True) for name in rows[0]}
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         inputs["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
-        stacked = self._stack_images([image_inputs for _, image_inputs in encoded])
-        return {**inputs, **{name: value for name, value in stacked.items() if name not in _COUNTS}}
+        if not shown[0]:
+            return inputs
+        places = {tuple(map(id, row)): place for place, row in reversed(list(enumerate(shown)))}
+        distinct = sorted(places.values())
+        stacked = self._stack_images([encoded[place][1] for place in distinct])
+        if len(distinct) == len(shown):
+            return {**inputs, **{name: value for name, value in stacked.items() if name not in _COUNTS}}
+        owners = [distinct.index(places[tuple(map(id, row))]) for row in shown]
+        return {**inputs, **stacked, _IMAGES_OF_ROWS: torch.tensor(owners)}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated token ids, special tokens left out, outer white space stripped."""
@@ -725,10 +739,18 @@ class AutoBackbone(Backbone):
         # Not inference_mode: weights that FSDP gathers in it could not be trained on afterwards.
         # Compiled blocks run as they are: decoding would compile them anew for caches of every kind and length.
         with torch.compiler.set_stance("force_eager"), eval_mode(model), torch.no_grad():
-            num_tokens = int((inputs["input_ids"] == self.image_token_id).sum())
-            features = RowFeatures.whole(self._vision(model, inputs), inputs, num_tokens)
-            rows = model.generate(**tokens, **features.forward_inputs(), **settings)  # type: ignore[operator]
+            rows = model.generate(**tokens, **self._shown(model, inputs), **settings)  # type: ignore[operator]
         return [self._cut(row) for row in rows[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _shown(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the model's forward takes for the images of :meth:`encode_prompts`, each encoded once."""
+        if inputs.keys() <= {*_TOKEN_INPUTS}:
+            return {}
+        if _IMAGES_OF_ROWS in inputs:
+            features = self.encode_images(model, inputs)
+            return cast("RowFeatures", self.select_images(features, inputs[_IMAGES_OF_ROWS].tolist())).forward_inputs()
+        num_tokens = int((inputs["input_ids"] == self.image_token_id).sum())
+        return RowFeatures.whole(self._vision(model, inputs), inputs, num_tokens).forward_inputs()
 
     def _cut(self, tokens: Sequence[int]) -> GeneratedRow:
         end = next((place for place, token in enumerate(tokens) if token in self.end_token_ids), None)
@@ -812,6 +834,9 @@ _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type
 
 _TOKENS_PER_ROW, _IMAGES_PER_ROW = _COUNTS = "num_image_tokens", "num_images"
 """Counts that travel with the image inputs, one per row, so that features can be cut into rows."""
+
+_IMAGES_OF_ROWS = "images_of_rows"
+"""Where rows of a prompt batch share images: for each row, which of the image inputs are its own."""
 
 _SCORING_CODE = (base, features, head, packing)
 """What scores depend on, beside this file and those of families."""

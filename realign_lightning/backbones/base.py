@@ -105,7 +105,8 @@ class Backbone(ABC):
     def encode_prompts(self, prompts: Sequence[Prompt], images: Sequence[PromptImages]) -> dict[str, Tensor]:
         """Inputs for generation: one row per (prompt, image), padded on the left, ending where the answer begins.
 
-        An item of ``images`` is the prompt's image, or the sequence of its images.
+        An item of ``images`` is the prompt's image, or the sequence of its images; an empty one, which all prompts of
+        the batch must have then, asks without an image. The same object in several rows is encoded once.
         """
 
     @abstractmethod

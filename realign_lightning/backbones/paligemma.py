@@ -33,6 +33,8 @@ class PaliGemmaBackbone(AutoBackbone):
         messages = self._messages(prompt, num_images)
         if len(messages) > 1:
             raise SampleError("PaliGemma takes one user turn, no chat")
+        if not num_images:
+            raise SampleError("PaliGemma needs an image")
         parts = messages[0]["content"]
         text = " ".join(part["text"] for part in parts if part.get("type") == "text")
         return RenderedPrompt(messages, self.processor.image_token * num_images + text)

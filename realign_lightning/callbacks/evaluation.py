@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,43 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 from realign_lightning.callbacks.samples import shares_one_model
-from realign_lightning.types import Prompt
+from realign_lightning.evaluation.base import Benchmark, Question
+from realign_lightning.evaluation.images import load_image
 
 log = logging.getLogger(__name__)
-
-
-class Question(NamedTuple):
-    """What a benchmark asks.
-
-    Args:
-        prompt: text or chat messages.
-        image: the image it is about.
-    """
-
-    prompt: Prompt
-    image: Image.Image
-
-
-class Benchmark(ABC):
-    """Questions about images and a way to score the answers. Subclass it to bring your own.
-
-    Attributes:
-        max_new_tokens: longest answer.
-    """
-
-    max_new_tokens: int = 64
-
-    @abstractmethod
-    def questions(self) -> Sequence[Question]:
-        """What to ask; always the same, in the same order."""
-
-    @abstractmethod
-    def score(self, answers: Sequence[str]) -> dict[str, float]:
-        """Named scores of the answers to all questions.
-
-        Args:
-            answers: one per question, in order.
-        """
 
 
 class Evaluation(pl.Callback):
@@ -170,7 +136,7 @@ class Evaluation(pl.Callback):
             rows = mine[start : start + self.batch_size] or order[:1]
             texts = pl_module.generate(
                 [questions[row].prompt for row in rows],
-                [questions[row].image for row in rows],
+                [_picture(questions[row]) for row in rows],
                 reference=reference,
                 max_new_tokens=benchmark.max_new_tokens,
             )
@@ -228,6 +194,12 @@ class Evaluation(pl.Callback):
         table = format_table(results)
         (folder / "evaluation.md").write_text(table + "\n")
         tqdm.write(f"\n{table}\n\nEverything of this run lies in {folder}")
+
+
+def _picture(question: Question) -> Image.Image:
+    if question.image is None:
+        raise ValueError(f"Expected an image with every question, but {question.key or question.prompt!r} has none.")
+    return load_image(question.image)
 
 
 def _determinism() -> bool | Literal["warn"]:

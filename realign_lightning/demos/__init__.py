@@ -1,5 +1,6 @@
 """Digit scenes, the embedded world of the quick start: handwritten digits, and a small policy that misreads them."""
 
+from realign_lightning.demos.benchmarks import write_digit_benchmarks
 from realign_lightning.demos.policy import POLICY_FOLDER
 from realign_lightning.demos.quickstart import DigitBackbone, DigitCHAIR, DigitPairs, DigitPOPE
 from realign_lightning.demos.scenes import DigitWorld, Scene
@@ -14,4 +15,5 @@ __all__ = [
     "DigitScenes",
     "DigitWorld",
     "Scene",
+    "write_digit_benchmarks",
 ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from realign_lightning.backbones import AutoBackbone, Backbone
-from realign_lightning.callbacks.evaluation import Benchmark, Question
 from realign_lightning.callbacks.pictures import Row, draw_rows
 from realign_lightning.data import ShardBuilder, ShardDataset, read_index
 from realign_lightning.demos.policy import POLICY_FOLDER
@@ -27,6 +26,7 @@ from realign_lightning.demos.scenes import (
 )
 from realign_lightning.demos.source import DigitScenes
 from realign_lightning.engines import LocalEngine, Policy
+from realign_lightning.evaluation.base import Benchmark, Question
 from realign_lightning.metrics import CHAIR, POPE, Lexicon, pope_questions
 from realign_lightning.metrics.functional.pope import PopeKind
 from realign_lightning.preferences import Completer, Gate, LexiconMasker, PreferenceBuilder, Retriever, WordOverlap
@@ -240,7 +240,7 @@ class DigitPOPE(_SceneBenchmark):
     max_new_tokens = 8
 
     @cached_property
-    def _asked(self) -> dict[PopeKind, list[tuple[Scene, str, str]]]:
+    def asked(self) -> dict[PopeKind, list[tuple[Scene, str, str]]]:
         """Scene, digit and right answer of every question, by kind."""
         return {kind: self._choose(kind) for kind in get_args(PopeKind)}
 
@@ -256,13 +256,13 @@ class DigitPOPE(_SceneBenchmark):
 
     def questions(self) -> list[Question]:
         """Questions of the three kinds, one kind after the other."""
-        return [Question(question(digit), scene.image) for asked in self._asked.values() for scene, digit, _ in asked]
+        return [Question(question(digit), scene.image) for asked in self.asked.values() for scene, digit, _ in asked]
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Accuracy, F1 and share of yes, per kind, in percent."""
         scores: dict[str, float] = {}
         start = 0
-        for kind, asked in self._asked.items():
+        for kind, asked in self.asked.items():
             metric = POPE()
             metric.update(list(answers[start : start + len(asked)]), [label for _, _, label in asked])
             start += len(asked)

@@ -36,6 +36,23 @@ def chat_messages(prompt: Prompt, image: Mapping[str, Any] | None = None) -> lis
     return messages
 
 
+def text_of(prompt: Prompt) -> str:
+    """A prompt as one text: of a chat the texts of its last turn.
+
+    Args:
+        prompt: text or chat messages.
+
+    >>> text_of([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}])
+    'What is it?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
 def _parts(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
     content = turn.get("content")
     if isinstance(content, str):

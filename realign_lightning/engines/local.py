@@ -19,7 +19,8 @@ from realign_lightning.types import SampleError
 class LocalEngine(Engine):
     """Generates with a Hugging Face vision-language model, several answers at a time.
 
-    What is drawn for a question depends on its seed, not on what else is in the batch.
+    What is drawn for a question depends on its seed, not on what else is in the batch. Questions of a batch that show
+    the same image object share its encoding.
 
     Args:
         backbone: the model; None is the policy that the pairs are built for.
@@ -94,13 +95,21 @@ class LocalEngine(Engine):
         }
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer all questions in one batch; those that the model cannot be asked get an error each."""
+        """Answer all questions, those with an image in one batch; those that cannot be asked get an error each."""
         errors = [self._error(question) for question in questions]
-        asked = [question for question, error in zip(questions, errors, strict=True) if error is None]
-        if asked:
-            self._given.announce()
-        answers = iter(self._answer(asked) if asked else [])
-        return [next(answers) if error is None else Answer("", False, error) for error in errors]
+        answers = [Answer("", False, error) for error in errors]
+        for shows_image in (True, False):
+            rows = [
+                row
+                for row, question in enumerate(questions)
+                if errors[row] is None and (question.image is not None) is shows_image
+            ]
+            if rows:
+                self._given.announce()
+                found = self._answer([questions[row] for row in rows])
+                for row, answer in zip(rows, found, strict=True):
+                    answers[row] = answer
+        return answers
 
     def finish(self) -> None:
         """Answer along with ranks that have questions left, where they hold shards of one model."""
@@ -110,9 +119,9 @@ class LocalEngine(Engine):
             self._policy.keep_up(lambda: self._answer(idle, longest=1))
 
     def _error(self, question: Question) -> str | None:
-        if question.image is None:
-            return "LocalEngine's models look at an image, and the question has none"
         try:
+            if question.image is None:
+                self._family.encode_prompts([question.prompt], [[]])
             tokenize = self._family.response_tokenizer(question.prompt)
             tokenize(question.form.segments if question.form is not None else ["."])
         except SampleError as error:
@@ -120,7 +129,7 @@ class LocalEngine(Engine):
         return None
 
     def _answer(self, questions: Sequence[Question], longest: int | None = None) -> list[Answer]:
-        images = [question.image for question in questions if question.image is not None]
+        images = [[] if question.image is None else [question.image] for question in questions]
         inputs = self._family.encode_prompts([question.prompt for question in questions], images)
         forms = [self._row(question) for question in questions]
         length = inputs["input_ids"].shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,18 @@ from realign_lightning.ranks import gather
 _NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes", "prompt")
 """Of a backbone's fingerprint, what changes the last bits of a log-prob, but is no other model; and what its template
 writes today, which may be a date: a build of several days is one."""
+
+
+class TrainedWeights(NamedTuple):
+    """A model that was trained on top of a backbone's weights.
+
+    Args:
+        load: makes the whole model, in eval mode.
+        identity: tells it from others, for example the hash of an adapter.
+    """
+
+    load: Callable[[], nn.Module]
+    identity: str
 
 
 class Policy:
@@ -30,6 +43,7 @@ class Policy:
         device: where weights that are loaded here go; None leaves them where they are loaded.
         is_sharded: whether ``model`` is sharded over the ranks.
         precision: what it is computed in where that is not what it was loaded as, for example ``bf16-mixed``.
+        trained: what was trained on top of the backbone's weights; None where nothing was.
     """
 
     def __init__(
@@ -39,11 +53,13 @@ class Policy:
         device: torch.device | str | None = None,
         is_sharded: bool = False,
         precision: str = "32-true",
+        trained: TrainedWeights | None = None,
     ) -> None:
         self.backbone = backbone
         self.device = device
         self.is_sharded = is_sharded
         self.precision = precision
+        self.trained = trained
         self.hash_file: Callable[[Path], str] = file_sha256
         """Identifies files of weights; a build remembers what it has hashed."""
         self._model = model
@@ -57,13 +73,15 @@ class Policy:
         """
         found = self.backbone.fingerprint(self.hash_file)
         model = {name: value for name, value in found.items() if name not in _NOT_THE_MODEL}
+        if self.trained is not None:
+            model["trained"] = self.trained.identity
         return model if self.precision == "32-true" else {**model, "precision": self.precision}
 
     @property
     def model(self) -> nn.Module:
         """The weights, loaded now if they were not before."""
         if self._model is None:
-            model = self.backbone.load_model()
+            model = self.backbone.load_model() if self.trained is None else self.trained.load()
             # A quantized model lies where it was made.
             is_quantized = getattr(model, "is_quantized", False)
             self._model = model if self.device is None or is_quantized else model.to(self.device)

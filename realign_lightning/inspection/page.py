@@ -85,7 +85,7 @@ def write_page(
             if isinstance(item, SkippedSample):
                 skipped.append(item)
                 continue
-            records.write((",\n" if shown else "").encode() + _script_json(item.record).encode())
+            records.write((",\n" if shown else "").encode() + script_json(item.record).encode())
             shown += 1
             for name in [name for name in item.pictures if name not in written]:
                 pictures.write(f'<script type="text/plain" id="i-{name}">{item.pictures[name]}</script>\n'.encode())
@@ -140,7 +140,7 @@ def _assemble(output: Path, facts: dict[str, Any], records: IO[bytes], pictures:
     partial = output.with_name(f".{output.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(f"{head}{_script_json(facts)}{middle}[".encode())
+            file.write(f"{head}{script_json(facts)}{middle}[".encode())
             _append(file, records)
             before, after = tail.split("%PICTURES%")
             file.write(f"]{before}".encode())
@@ -166,7 +166,7 @@ def _template() -> tuple[str, str, str]:
     page, style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
     policy = (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_source_hash(style)}'; script-src '{_source_hash(script)}'"
+        f"style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
     )
     for mark, text in (("%GENERATOR%", _GENERATOR), ("%POLICY%", policy), ("%STYLE%", style), ("%SCRIPT%", script)):
         page = page.replace(mark, text)
@@ -175,13 +175,24 @@ def _template() -> tuple[str, str, str]:
     return head, middle, tail
 
 
-def _source_hash(text: str) -> str:
-    """How a Content-Security-Policy names the one script or style that it allows."""
+def source_hash(text: str) -> str:
+    """How a Content-Security-Policy names the one script or style that it allows.
+
+    Args:
+        text: the script or style.
+    """
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _script_json(value: Any) -> str:
-    """JSON in ASCII that no HTML parser takes for markup."""
+def script_json(value: Any) -> str:
+    """JSON in ASCII that no HTML parser takes for markup.
+
+    Args:
+        value: plain JSON values.
+
+    Raises:
+        ValueError: for values that JSON does not know.
+    """
     text = json.dumps(value, allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

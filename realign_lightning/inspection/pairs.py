@@ -128,7 +128,7 @@ def read_pair(stored: StoredSample, size: int, known: Container[str] = ()) -> Pa
     files = {split_member_name(name)[1].split(".")[0]: data for name, data in members.items()}
     images = {"image": sample.image, "retrieved": sample.retrieved}
     names = {part: hashlib.sha256(files[part]).hexdigest()[:20] for part in images}
-    pictures = {name: _thumbnail(images[part], size) for part, name in names.items() if name not in known}
+    pictures = {name: thumbnail(images[part], size) for part, name in names.items() if name not in known}
     sides = {part: [*image.size] for part, image in images.items()}
     return Pair({"shard": stored.shard.name, **_texts(sample), **names, "sizes": sides}, pictures)
 
@@ -176,8 +176,13 @@ def _is_span(value: Any, length: int) -> bool:
     return type(start) is int and type(end) is int and 0 <= start < end <= length
 
 
-def _thumbnail(image: Image.Image, size: int) -> str:
-    """Media type and content, the form in which ``data:`` URLs have them."""
+def thumbnail(image: Image.Image, size: int) -> str:
+    """Media type and content of a small copy, the form in which ``data:`` URLs have them.
+
+    Args:
+        image: RGB.
+        size: longest side in pixels.
+    """
     small = image.copy()
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     is_lossless = max(small.size) <= _LOSSLESS_SIZE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from realign_lightning.metrics.functional.chair import (
-    CaptionParser,
-    ChairCounts,
-    ChairNormalizer,
-    _chair_compute,
-    _chair_update,
-)
+from realign_lightning.metrics.functional.captions import CaptionParser, ChairNormalizer
+from realign_lightning.metrics.functional.chair import Targets, _chair_compute, chair_counts, count_columns
+from realign_lightning.metrics.functional.coco import CocoObjects
 from realign_lightning.metrics.lexicon import Lexicon
 
 
@@ -30,22 +26,36 @@ class CHAIR(Metric):
     * ``chair_s``: captions with a hallucinated object / captions;
     * ``chair_i``: hallucinated mentions / mentions, counting every mention, not every object;
     * ``recall``: distinct objects mentioned and in the image / objects in the image, summed over captions;
-    * ``mean_length``: words per caption, after names of several words are joined, punctuation included. Longer
-      captions hallucinate more, so compare ``chair_s`` at like length.
+    * ``mean_length``: words per caption, after names of several words are joined, punctuation included; with
+      ``objhal`` pieces between single blanks. Longer captions hallucinate more, so compare ``chair_s`` at like length;
+    * ``chair_s_refine``, with ``objhal`` alone: captions with a hallucinated object / captions that mention any object.
 
-    Shares are 0 where the denominator is 0.
+    Shares are 0 where the denominator is 0. Names elsewhere: OPERA's ``Len`` is ``mean_length`` / 100; of Object
+    HalBench, ``obj_rec`` is ``recall``, ``avg_word_len`` is ``mean_length``, ``correct_rate`` is 1 - ``chair_s_refine``
+    and ``object_correct_rate`` is 1 - ``chair_i``; lmms-eval multiplies by 100.
 
     Args:
-        normalizer: how words are brought to the form in which they are looked up. ``original`` is the published rule;
-            see :func:`~realign_lightning.metrics.functional.singularize.singularize` for its oddities.
+        normalizer: how words are brought to the form in which they are looked up:
+
+            * ``original`` is the published rule, a singular of every token; see
+              :func:`~realign_lightning.metrics.functional.singularize.singularize` for its oddities;
+            * ``opera`` takes WordNet's lemma by part of speech, as OPERA and lmms-eval do;
+            * ``objhal`` takes WordNet's lemma of every token as a noun, as Object HalBench (RLAIF-V) does.
+
+            The last two need NLTK and its data.
         synonyms: the names of the objects: a :class:`~realign_lightning.metrics.Lexicon`, the path of a list in the
             form of the official ``synonyms.txt``, or None for our list of the 80 COCO categories. Published numbers
-            use the official list.
+            use the official list; those of ``objhal`` use RLAIF-V's ``synonyms_refine.txt``.
+        ground_truth: the categories of each image id, as :class:`~realign_lightning.metrics.CocoObjects`; ``target`` is
+            then a list of image ids.
         kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if the normaliser is unknown; by ``update`` if the lengths differ or a target holds what is no
-            category of the lexicon.
+        ValueError: if the normaliser is unknown, or ``ground_truth`` was made with another parser; by ``update`` if the
+            lengths differ or a target holds what is no category of the lexicon.
+        KeyError: by ``update``, if ``ground_truth`` does not know an image id.
+        ModuleNotFoundError: if the normaliser needs NLTK and it is not installed.
+        LookupError: if the normaliser needs data of NLTK that are not found.
 
     >>> metric = CHAIR(synonyms=Lexicon({"zero": [], "one": [], "seven": []}))
     >>> metric.update(["A zero and two ones.", "A seven."], [{"zero"}, {"seven", "one"}])
@@ -53,6 +63,7 @@ class CHAIR(Metric):
     {'chair_s': 0.5, 'chair_i': 0.33, 'recall': 0.67, 'mean_length': 4.5}
     """
 
+    counts: Tensor
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
@@ -63,26 +74,32 @@ class CHAIR(Metric):
         self,
         normalizer: ChairNormalizer = "original",
         synonyms: Lexicon | str | Path | None = None,
+        ground_truth: Mapping[Any, Collection[str]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.parser = CaptionParser(synonyms, normalizer)
-        for name in ChairCounts._fields:
-            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
+        self.ground_truth = ground_truth
+        if isinstance(ground_truth, CocoObjects):
+            ground_truth.check_parser(self.parser)
+        zeros = torch.zeros(count_columns(self.parser), dtype=torch.long)
+        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
 
-    def update(self, preds: Sequence[str], target: Sequence[Collection[str]]) -> None:
+    def update(self, preds: Sequence[str], target: Targets, objects: Sequence[Sequence[str]] | None = None) -> None:
         """Count a batch of captions.
 
         Args:
             preds: captions.
-            target: the categories in each image.
+            target: the categories in each image, or image ids where the metric has a ``ground_truth``.
+            objects: what a judge extracted from each caption, for ``objhal`` alone; see
+                :func:`~realign_lightning.metrics.functional.chair_counts`.
         """
-        for name, count in _chair_update(preds, target, self.parser)._asdict().items():
-            setattr(self, name, getattr(self, name) + count)
+        counts = chair_counts(preds, target, self.parser, ground_truth=self.ground_truth, objects=objects)
+        self.counts += counts.sum(0).to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores of all captions so far."""
-        return _chair_compute(*(getattr(self, name) for name in ChairCounts._fields))
+        return _chair_compute(self.counts)
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None

@@ -10,7 +10,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from realign_lightning.metrics.functional.pope import PopeParser, _pope_compute, _pope_update, check_parser
+from realign_lightning.metrics.functional.pope import (
+    COUNTS,
+    PopeParser,
+    _pope_compute,
+    _pope_compute_by_category,
+    category_memberships,
+    check_category_names,
+    check_parser,
+    pope_counts,
+)
 
 
 class POPE(Metric):
@@ -19,26 +28,39 @@ class POPE(Metric):
     ``update`` and ``forward`` take ``preds``, the answers as generated, and ``target``, the right answers "yes" or
     "no", both lists of texts. ``compute`` returns a dict of scalars, "yes" being the positive class:
 
-    * ``accuracy``, ``precision``, ``recall``, ``f1``: 0 where the reference divides by zero;
+    * ``accuracy``, ``precision``, ``recall``, ``f1``: as the reference defines them, 0 where it divides by zero;
     * ``yes_ratio``: share of answers read as yes;
-    * ``unparsed``: share of answers in which neither "yes" nor "no" occurs as a word, in any case. The official rule
-      still reads each of them as yes or no (mostly as yes), so a high share means that the other numbers say little.
+    * ``unparsed``: with ``lmms_eval`` and ``vlmevalkit``, share of answers that the parser itself cannot read. The
+      other rules read every answer as yes or no (mostly as yes); for them, share of answers in which neither "yes" nor
+      "no" occurs as a word, in any case. A high share means that the other numbers say little;
+    * ``yes_ratio_of_ground_truth``, with ``lmms_eval`` only: share of labels that are yes, which lmms-eval prints as
+      its yes ratio;
+    * ``overall``, with ``vlmevalkit`` only: 100 times F1, the number that VLMEvalKit puts first.
 
-    Use one instance per set of questions; the paper reports random, popular and adversarial apart.
+    Numbers of two parsers cannot be compared: name the parser with the number. The paper reports random, popular and
+    adversarial apart: use one instance per set of questions, or ``categories``.
 
     Args:
-        parser: how answers are read. ``official`` is the rule of AoiDragon/POPE; see
-            :func:`~realign_lightning.metrics.functional.pope.official_verdict`.
+        parser: how answers are read; see :data:`~realign_lightning.metrics.functional.pope.PopeParser` for the
+            projects, and :data:`~realign_lightning.metrics.functional.pope.PARSERS` for the rules.
+        categories: names by which results are also given apart, as ``"<category>/f1"`` and so on. ``update`` then
+            takes the category of each answer as a third list.
         kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if the parser is unknown; by ``update`` if the lengths differ or a label is neither yes nor no.
+        ValueError: if the parser or the names of categories are not valid; by ``update`` if the lengths differ, a
+            label is neither yes nor no, or a category was not named.
 
     >>> metric = POPE()
     >>> metric.update(["Yes.", "There is no cat."], ["yes", "no"])
     >>> metric.update(["A cat sits there."], ["no"])
     >>> {name: round(value.item(), 2) for name, value in metric.compute().items()}
     {'accuracy': 0.67, 'precision': 0.5, 'recall': 1.0, 'f1': 0.67, 'yes_ratio': 0.67, 'unparsed': 0.33}
+    >>> metric = POPE("vlmevalkit", categories=["random", "popular"])
+    >>> metric.update(["Yes.", "Yes."], ["yes", "no"], ["random,popular", "popular"])
+    >>> scores = metric.compute()
+    >>> [round(scores[name].item(), 1) for name in ("overall", "random/overall", "popular/overall")]
+    [80.0, 100.0, 66.7]
     """
 
     is_differentiable = False
@@ -48,34 +70,52 @@ class POPE(Metric):
     plot_upper_bound: float = 1.0
 
     counts: Tensor
-    unparsed: Tensor
 
-    def __init__(self, parser: PopeParser = "official", **kwargs: Any) -> None:
+    def __init__(self, parser: PopeParser = "official", categories: Sequence[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_parser(parser)
+        if categories is not None:
+            check_category_names(categories)
         self.parser: PopeParser = parser
-        self.add_state("counts", default=torch.zeros(2, 3, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("unparsed", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.categories = tuple(categories or ())
+        zeros = torch.zeros(max(len(self.categories), 1), len(COUNTS), dtype=torch.long)
+        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
 
-    def update(self, preds: Sequence[str], target: Sequence[str]) -> None:
+    def update(self, preds: Sequence[str], target: Sequence[str], categories: Sequence[str] | None = None) -> None:
         """Count a batch of answers.
 
         Args:
             preds: answers as generated.
             target: the right answers, "yes" or "no".
+            categories: the category of each answer, or several joined by commas, for each of which the answer counts,
+                as in VLMEvalKit. To be given if and only if the metric was made with names of categories.
         """
-        counts, unparsed = _pope_update(preds, target, self.parser)
-        self.counts += counts.to(self.counts.device)
-        self.unparsed += unparsed
+        counts = pope_counts(preds, target, self.parser)
+        self.counts += (self._memberships(categories, len(preds)).T @ counts).to(self.counts.device)
+
+    def _memberships(self, categories: Sequence[str] | None, rows: int) -> Tensor:
+        """How often each row counts for each row of the state."""
+        if self.categories and categories is None:
+            raise ValueError(f"Expected `categories`, one per answer, of {self.categories}, got None.")
+        if categories is None:
+            return torch.ones(rows, 1, dtype=torch.long)
+        if not self.categories:
+            raise ValueError(
+                "Expected no `categories`, because none were named: make the metric as "
+                "POPE(categories=(...)) with all names, since ranks must agree on them."
+            )
+        return category_memberships(categories, self.categories, rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """The scores of all answers so far."""
-        return _pope_compute(self.counts, self.unparsed)
+        """The scores of all answers so far, and of each category."""
+        if self.categories:
+            return _pope_compute_by_category(self.counts, self.parser, self.categories)
+        return _pope_compute(self.counts[0], self.parser)
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
     ) -> _PLOT_OUT_TYPE:
-        """Plot one result or several.
+        """Plot the shares of one result or several; ``overall``, which is a percentage, is left out.
 
         Args:
             val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
@@ -87,4 +127,10 @@ class POPE(Metric):
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        return self._plot(val, ax)
+        val = self.compute() if val is None else val
+        shares = _without_overall(val) if isinstance(val, dict) else [_without_overall(result) for result in val]
+        return self._plot(shares, ax)
+
+
+def _without_overall(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in result.items() if name.rpartition("/")[2] != "overall"}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.sources.base import Source
 from realign_lightning.engines.policy import Policy
+from realign_lightning.engines.worker import run_on_ranks
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
@@ -26,50 +23,6 @@ NOTHING_CAME_OUT = 1
 
 WITH_FAULTS = 3
 """Exit status when pairs were written, and something was wrong with some of the records."""
-
-
-class BuildModule(pl.LightningModule):
-    """Runs a build inside ``Trainer.predict``, on every rank and with any strategy that training can use.
-
-    Under :class:`~realign_lightning.modules.FSDP2Strategy` the policy is loaded sharded; otherwise every rank loads it
-    when a stage first needs it.
-
-    Args:
-        run: the build, given the policy.
-        backbone: the policy's family; None where there is none.
-    """
-
-    def __init__(self, run: Callable[[Policy | None], Any], backbone: Backbone | None) -> None:
-        super().__init__()
-        self._run = run
-        self._backbone = backbone
-        self._sharded: torch.nn.Module | None = None
-        self.result: Any = None
-
-    def configure_model(self) -> None:
-        """Load the policy if it is to be sharded."""
-        if self.device_mesh is None or self._sharded is not None:
-            return
-        if self._backbone is None:
-            raise ValueError("Expected `backbone` with a strategy that shards a model: there is nothing to shard.")
-        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        self._sharded = self._backbone.load_sharded(self.device_mesh["data_parallel"], compute_dtype=dtype).eval()
-
-    def predict_dataloader(self) -> DataLoader[int]:
-        """One batch for every rank: the whole build."""
-        return DataLoader(list(range(self.trainer.world_size)))  # type: ignore[arg-type]
-
-    def predict_step(self, batch: Any, batch_idx: int) -> int:
-        """Run the build."""
-        policy = None
-        if self._backbone is not None:
-            is_sharded = self._sharded is not None
-            device = None if is_sharded else self.device
-            policy = Policy(self._backbone, self._sharded, device, is_sharded, str(self.trainer.precision))
-        with _stopped_by_sigterm():
-            self.result = self._run(policy)
-        # Lightning takes None for a mistake.
-        return batch_idx
 
 
 def main(args: Sequence[str]) -> None:
@@ -100,10 +53,8 @@ def main(args: Sequence[str]) -> None:
             places = (parts.output, policy, parts.pool, parts.work)
             return builder.build(parts.source, *places, parts.title, settings, parts.overwrite)
 
-    trainer = pl.Trainer(**{**vars(parts.trainer), **_QUIET})
-    module = BuildModule(run, parts.backbone)
     try:
-        trainer.predict(module, return_predictions=False)
+        result, is_first = run_on_ranks(run, parts.backbone, vars(parts.trainer))
     except OSError as error:
         # What this package refuses says itself what to do.
         if error.errno is None:
@@ -114,9 +65,9 @@ def main(args: Sequence[str]) -> None:
             f"error: {place}{error.strerror or error}. What was finished is kept in {work}: mend this, and give the "
             "same command again."
         ) from error
-    if trainer.is_global_zero:
-        sys.stdout.write(module.result.as_text())
-        _exit(module.result)
+    if is_first:
+        sys.stdout.write(result.as_text())
+        _exit(result)
 
 
 def read_recipe(args: Sequence[str]) -> Any:
@@ -132,20 +83,6 @@ def read_recipe(args: Sequence[str]) -> Any:
     return parser.instantiate(parser.parse_args(list(args)))
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the build where it is; Lightning would let it come to its end first."""
-
-    def stop(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _exit(result: Plan | BuildReport) -> None:
     if isinstance(result, Plan):
         return
@@ -155,20 +92,6 @@ def _exit(result: Plan | BuildReport) -> None:
     if result.faults:
         sys.stderr.write(f"{result.faults} records or images could not be used: {result.problems} names them.\n")
         raise SystemExit(WITH_FAULTS)
-
-
-_QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "barebones": False,
-    "fast_dev_run": False,
-    "overfit_batches": 0.0,
-    "limit_predict_batches": None,
-    "use_distributed_sampler": True,
-}
-"""What a Trainer is to leave to the build."""
 
 
 def _parser() -> LightningArgumentParser:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from PIL import Image
 
 from realign_lightning.engines.base import Answer, Engine, Form, Question
+from realign_lightning.engines.chat_parts import text_of
 from realign_lightning.engines.local import LocalEngine
 from realign_lightning.preferences.mask import MaskedResponse, Span
 from realign_lightning.types import Prompt
@@ -164,23 +165,6 @@ def join_touching(masked: MaskedResponse) -> MaskedResponse:
             span = Span(start, span.end, masked.response[start : span.end], span.kind)
         joined.append(span)
     return MaskedResponse(masked.response, tuple(joined))
-
-
-def text_of(prompt: Prompt) -> str:
-    """A prompt as one text: of a chat the texts of its last turn.
-
-    Args:
-        prompt: text or chat messages.
-
-    >>> text_of([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}])
-    'What is it?'
-    """
-    if isinstance(prompt, str):
-        return prompt
-    content = prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _listed(text: str, count: int) -> list[str] | None:

@@ -219,6 +219,40 @@ def test_generates_what_plain_transformers_does(backbone, model):
         assert backbone.decode(ids[0, row["input_ids"].shape[1] :].tolist()) == answer
 
 
+def test_rows_that_show_one_image_encode_it_once(backbone, model, monkeypatch):
+    """Five questions about two images: the tower gets two, and the answers are those of five images."""
+    one, other = picture(3), picture(4, (90, 32))
+    prompts = ["describe the image.", "is there a dog?", "a cat?", "what is it?", "describe it."]
+    shared = backbone.encode_prompts(prompts, [one, other, one, one, other])
+    apart = backbone.encode_prompts(prompts, [one.copy(), other.copy(), one.copy(), one.copy(), other.copy()])
+    seen = []
+    vision = backbone._vision
+    monkeypatch.setattr(backbone, "_vision", lambda model, images: seen.append(images) or vision(model, images))
+    answers = [row.tokens for row in backbone.generate_tokens(model, shared, max_new_tokens=5)]
+    expected = [row.tokens for row in backbone.generate_tokens(model, apart, max_new_tokens=5)]
+    assert answers == expected
+    assert seen[0]["num_images"].tolist() == [1, 1]
+    assert seen[0]["pixel_values"].numel() < seen[1]["pixel_values"].numel() / 2
+
+
+def test_asks_without_an_image(family, backbone, model):
+    prompts = ["is it night?", "describe the image of a dog."]
+    if family == "paligemma":
+        with pytest.raises(SampleError, match="needs an image"):
+            backbone.encode_prompts(prompts, [[], []])
+        return
+    inputs = backbone.encode_prompts(prompts, [[], []])
+    assert not [name for name in inputs if "pixel" in name]
+    answers = backbone.generate(model, inputs, max_new_tokens=5)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = backbone.encode_prompts([prompt], [[]])
+        with torch.no_grad():
+            ids = model.generate(**row, max_new_tokens=5, do_sample=False, eos_token_id=list(backbone.end_token_ids))
+        assert backbone.decode(ids[0, row["input_ids"].shape[1] :].tolist()) == answer
+    with pytest.raises(ValueError, match="for every prompt or for none"):
+        backbone.encode_prompts(prompts, [[], picture(1)])
+
+
 def test_several_images_and_turns(family, backbone, model):
     """Two images, and (but for PaliGemma, which has no chat) a turn before."""
     first, second = picture(5), picture(6, (90, 32))

@@ -1,4 +1,4 @@
-from realign_lightning.callbacks import Benchmark, Question
+from realign_lightning.evaluation import Benchmark, Question
 from tests.conftest import picture
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ UNCOMMITTED = next(
     (folder for folder in (_ROOT.parent / "shared/oracles", _ROOT / "shared/oracles") if folder.is_dir()), None
 )
 """Where files lie that may be read but not committed; None in a clone without them."""
+
+_AMBER = Path(os.environ.get("AMBER_DATA", "amber-data"))
+AMBER_DATA = _AMBER if (_AMBER / "relation.json").is_file() else None
+"""The folder `data` of AMBER's repository, if the environment variable of that name gives it."""
 
 
 def committed(name: str) -> Any:

@@ -1,10 +1,12 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from realign_lightning.metrics import CHAIR, CaptionParser, Lexicon, chair_captions, ground_truth
-from realign_lightning.metrics.functional.chair import CaptionCheck, chair, original_words
+from realign_lightning.metrics.functional.captions import original_words
+from realign_lightning.metrics.functional.chair import CaptionCheck, _chair_compute, chair, chair_counts, highlight
 from tests.metrics import _oracles
 from tests.metrics._tester import Batch, MetricTester
 
@@ -17,11 +19,16 @@ DIFFERENT = ("motor bike", "iPhone", "cheesecake", "waiter", "mitt", "tramway", 
 SHARED_ROWS = [row for row in ROWS if not any(word in row["caption"] for word in DIFFERENT)]
 
 
-def assert_row(check: CaptionCheck, expected: dict[str, Any], caption: str) -> None:
+def assert_row(
+    check: CaptionCheck,
+    expected: dict[str, Any],
+    caption: str,
+    words_of: Callable[[str], list[str]] = original_words,
+) -> None:
     assert [mention.category for mention in check.mentions] == expected["node_words"], caption
     hallucinated = [[mention.word, mention.category] for mention in check.hallucinated]
     assert hallucinated == [list(pair) for pair in expected["hallucinated"]], caption
-    assert reference_positions(check, original_words(caption)) == expected["hallucination_idxs"], caption
+    assert reference_positions(check, words_of(caption)) == expected["hallucination_idxs"], caption
     assert len(check.words) == expected.get("n_tokens", len(check.words)), caption
     assert list(check.words) == expected.get("words", list(check.words)), caption
     mentions, recalled = len(check.mentions), len(check.recalled)
@@ -114,6 +121,56 @@ def test_seat_of_a_toilet_is_no_chair_and_later_words_keep_their_position() -> N
     assert [mention.category for mention in CaptionParser().parse("The seat and a sink.").mentions] == ["chair", "sink"]
 
 
+def test_counts_worked_by_hand() -> None:
+    """Two of one caption's three mentions and none of the other's are hallucinated; resamples are summed rows."""
+    lexicon = Lexicon({"zero": [], "one": [], "two": ["pair"]})
+    counts = chair_counts(["A zero, two ones.", "It is empty."], [{"zero"}, {"two", "one"}], synonyms=lexicon)
+    assert counts.tolist() == [[1, 1, 3, 2, 1, 1, 6], [1, 0, 0, 0, 2, 0, 4]]
+    resamples = torch.stack([counts[[0, 1]].sum(0), counts[[1, 1]].sum(0), counts[[0, 0]].sum(0)]).reshape(3, 1, 7)
+    scores = _chair_compute(resamples)
+    assert scores["chair_s"].tolist() == [[0.5], [0.0], [1.0]]
+    assert scores["chair_i"].tolist() == [[pytest.approx(2 / 3)], [0.0], [pytest.approx(2 / 3)]]
+    assert scores["recall"].tolist() == [[pytest.approx(1 / 3)], [0.0], [1.0]]
+    assert scores["mean_length"].tolist() == [[5.0], [4.0], [6.0]]
+
+
+def test_nothing_gives_no_rows_and_zero() -> None:
+    assert chair_counts([], []).shape == (0, 7)
+    assert all(score == 0 for score in chair([], []).values())
+    assert chair_counts([""], [{"dog"}]).tolist() == [[1, 0, 0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("caption", "read"),
+    [
+        ("A MAN, two Horses", ["MAN", "Horses"]),
+        ("Three  wine\n glasses.  A dog's ball", ["wine\n glasses", "dog", "ball"]),
+        ('The "dog" (a puppy); cats!', ["dog", "puppy", "cats"]),
+        ("A baby elephant and a baby", ["baby elephant", "baby"]),
+        ("An \u0130\u0130 dog at St.\u0130. Bus. A dog.", ["dog", "dog"]),
+    ],
+)
+def test_spans_are_what_was_read_in_the_spelling_of_the_caption(caption: str, read: list[str]) -> None:
+    """The capital I with a dot is one character, its lower case two."""
+    mentions = CaptionParser().parse(caption).mentions
+    assert [caption[mention.start : mention.end] for mention in mentions] == read
+
+
+def test_highlight_marks_hallucinated_mentions() -> None:
+    caption = "A dog, two Wine Glasses and a cat."
+    check = chair_captions([caption], [{"dog"}])[0]
+    assert highlight(caption, check) == "A dog, two [[Wine Glasses]] and a [[cat]]."
+    assert highlight(caption, check, "<b>", "</b>") == "A dog, two <b>Wine Glasses</b> and a <b>cat</b>."
+    assert highlight(caption, chair_captions([caption], [{"dog", "cat", "wine glass"}])[0]) == caption
+
+
+def test_a_parser_may_be_used_again_but_has_its_own_names() -> None:
+    parser = CaptionParser(Lexicon({"zero": []}))
+    assert chair_counts(["A dog"], [set()], parser).tolist() == [[1, 0, 0, 0, 0, 0, 2]]
+    with pytest.raises(ValueError, match="`synonyms` to be None beside a parser"):
+        chair_counts(["A dog"], [set()], parser, Lexicon.coco())
+
+
 @pytest.mark.parametrize(
     ("preds", "target", "message"),
     [
@@ -123,17 +180,23 @@ def test_seat_of_a_toilet_is_no_chair_and_later_words_keep_their_position() -> N
         (["A dog."], [{"dog"}, {"cat"}], "got 1 and 2"),
         ([7], [{"dog"}], "texts, got int at index 0"),
         ("A dog.", [{"dog"}], "`preds` to be a list"),
+        ([None], [{"dog"}], "texts, got NoneType at index 0"),
+        (["A dog."], None, "`target` to be a list"),
+        (["A dog."], [None], "sets of categories, got None at index 0"),
+        (["A dog."], [["dog", 7]], r"got \[7\] at index 0"),
+        (["A dog."], [[["dog"]]], "categories of the lexicon"),
+        (["A dog."], [391895], "`ground_truth` beside image ids, got the id 391895 at index 0"),
     ],
 )
 def test_bad_input_is_named(preds: Any, target: Any, message: str) -> None:
     metric = CHAIR()
     with pytest.raises(ValueError, match=message):
         metric.update(preds, target)
-    assert metric.captions == 0
+    assert not metric.counts.any()
 
 
 def test_unknown_normalizer_instance_and_clashing_names_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"\('original',\), got 'wordnet'"):
+    with pytest.raises(ValueError, match=r"\('original', 'opera', 'objhal'\), got 'wordnet'"):
         CHAIR(normalizer="wordnet")
     with pytest.raises(KeyError, match="unicorn"):
         ground_truth(["unicorn"], [])

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import lexicon as distance
 from realign_lightning.metrics import CaptionParser, Lexicon
 from tests.metrics import _oracles
 
@@ -57,5 +58,27 @@ def test_bad_lists_are_errors(tmp_path: Path) -> None:
         Lexicon({})
     with pytest.raises(ValueError, match="list of names, got the text 'pup'"):
         Lexicon({"dog": "pup"})
+    with pytest.raises(ValueError, match="names of 'dog' to be texts that are not empty, got ' '"):
+        Lexicon({"dog": [" "]})
     with pytest.raises(KeyError, match="'wolf' is not in the lexicon of 1 categories"):
         Lexicon({"dog": ["pup"]}).category("wolf")
+
+
+def test_fingerprint_is_that_of_what_is_read() -> None:
+    dog = Lexicon({"dog": ["pup"]})
+    assert dog.fingerprint() == Lexicon({"dog": ["pup"]}).fingerprint()
+    others = [Lexicon({"dog": ["puppy"]}), Lexicon({"dog": ["pup"]}, {"hot dog": "hot dog"})]
+    others.append(Lexicon({"dog": ["pup"]}, suppressed={"pup": "seal"}))
+    assert len({lexicon.fingerprint() for lexicon in (dog, *others)}) == 4
+
+
+def test_distance_of_lists_worked_by_hand() -> None:
+    """The other list reads a wolf that is not in the image, and no puppy."""
+    other = Lexicon({"dog": ["wolf"]})
+    rows = [{"caption": "A wolf and a puppy.", "gt_objects": []}, {"caption": "A dog.", "gt_objects": ["dog"]}]
+    assert distance.differing_names([row["caption"] for row in rows], other, "original") == {
+        "ours": {"puppy (dog)": 1},
+        "official": {"wolf (dog)": 1},
+    }
+    *_, row = distance.scores({"a model": rows}, other, ["original"]).splitlines()
+    assert [cell.strip() for cell in row.split("|")] == ["", "original", "a model", *["50.00"] * 4, ""]

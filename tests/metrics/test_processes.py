@@ -5,14 +5,22 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from tests.metrics import test_chair, test_pope
+from tests.metrics import test_amber, test_chair, test_hallusionbench, test_mmhal, test_pope
 from tests.metrics._ranks import score_on_rank
 from tests.metrics._tester import assert_scores, joined
 
 
 def test_two_processes_give_the_value_of_one(tmp_path: Path) -> None:
     """One start of two processes for all metrics, since starting them is what takes time."""
-    testers = [test_pope.TestPOPE(), test_chair.TestCHAIR()]
+    testers = [
+        test_pope.TestPOPE(),
+        test_pope.TestLmmsEval(),
+        test_pope.TestCategories(),
+        test_chair.TestCHAIR(),
+        test_amber.TestBoth(),
+        test_hallusionbench.TestHallusionBench(),
+        test_mmhal.TestMMHal(),
+    ]
     cases = [(tester.make_metric(), tester.batches()) for tester in testers]
     mp.spawn(score_on_rank, (cases, str(tmp_path)), nprocs=2)
     for rank in (0, 1):

@@ -11,7 +11,7 @@ import pytest
 
 from realign_lightning.metrics import Lexicon, chair_captions, ground_truth, pope_questions
 from realign_lightning.metrics.functional.chair import chair
-from realign_lightning.metrics.functional.pope import official_verdict, pope
+from realign_lightning.metrics.functional.pope import PopeParser, pope, pope_counts, pope_verdicts
 from tests.metrics import _oracles, test_chair, test_pope
 
 OFFICIAL_LIST = Lexicon.from_file(_oracles.uncommitted("synonyms.txt"))
@@ -59,12 +59,30 @@ def test_real_captions_agree_with_the_reference() -> None:
         assert ours["chair_i"].item() == pytest.approx(overall["CHAIRi"], abs=0.005)
 
 
-def test_official_question_sets_agree_with_the_reference() -> None:
+@pytest.mark.parametrize("parser", test_pope.FIVE)
+def test_official_question_sets_agree_with_the_reference(parser: PopeParser) -> None:
     for question_set in load("public_pope.json")["question_sets"].values():
-        answers = [row["answer"] for row in question_set["rows"]]
-        expected = question_set["expected"]["pope_official"]
-        assert [official_verdict(answer).name.lower() for answer in answers] == expected["pred"]
-        test_pope.assert_agrees(pope(answers, [row["label"] for row in question_set["rows"]]), expected)
+        preds, target = ([row[key] for row in question_set["rows"]] for key in ("answer", "label"))
+        expected = question_set["expected"][test_pope.ORACLE_NAMES.get(parser, parser)]
+        verdicts = [verdict.name.lower() for verdict in pope_verdicts(preds, target, parser)]
+        if "pred" in expected:
+            assert verdicts == [test_pope.as_verdict(read) for read in expected["pred"]]
+        if "score" in expected:
+            assert [float(mine == label) for mine, label in zip(verdicts, target, strict=True)] == expected["score"]
+        if "TP" in expected:
+            test_pope.assert_cells(pope_counts(preds, target, parser), expected)
+        test_pope.assert_agrees(pope(preds, target, parser), expected)
+
+
+def test_joined_categories_agree_with_the_reference() -> None:
+    oracle = load("public_pope.json")["vlmevalkit_multicategory"]
+    preds, target, categories = ([row[key] for row in oracle["rows"]] for key in ("answer", "label", "category"))
+    expected = oracle["expected"]
+    verdicts = [verdict.name.lower() for verdict in pope_verdicts(preds, target, "vlmevalkit")]
+    assert verdicts == [test_pope.as_verdict(read) for read in expected["pred"]]
+    scores = pope(preds, target, "vlmevalkit", categories)
+    test_pope.assert_agrees(scores, expected)
+    assert {name.partition("/")[0] for name in scores if "/" in name} == set(expected["rating"]) - {"Overall"}
 
 
 def test_published_popular_negatives_are_as_popular_as_ours() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from realign_lightning.metrics.functional.singularize import singularize
-from realign_lightning.metrics.functional.words import tokenize
+from realign_lightning.metrics.functional.words import token_spans, tokenize
 from tests.metrics import _oracles
 
 FORMS = _oracles.committed("public_singularize.json")["rows"]
@@ -59,3 +59,16 @@ def test_singular_of_every_form_is_that_of_the_reference() -> None:
 )
 def test_tokens_are_those_of_the_treebank(text: str, tokens: list[str]) -> None:
     assert tokenize(text) == tokens
+
+
+def test_spans_are_the_tokens_in_their_spelling_and_leave_out_white_space_alone() -> None:
+    texts = [row["caption"] for row in _oracles.committed("public_chair.json")["captions"]]
+    texts += ["He said \"stop.\" (twice); ``rain'' -- 10:30 p.m. etc.", "'Tis\tgonna  rain"]
+    texts.append("\u0130STANBUL\u0130. \u03a3.")
+    for text in texts:
+        spans = token_spans(text)
+        read = [text[start:end] for start, end in spans]
+        assert "".join(read) == "".join(text.split())
+        assert sorted(spans) == spans
+        for token, spelled in zip(tokenize(text), read, strict=True):
+            assert token == spelled.lower() or spelled in ('"', "''")

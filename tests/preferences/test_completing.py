@@ -4,8 +4,9 @@ import pytest
 
 from realign_lightning.backbones import AutoBackbone
 from realign_lightning.engines.base import Answer, Engine
+from realign_lightning.engines.chat_parts import text_of
 from realign_lightning.engines.local import LocalEngine
-from realign_lightning.preferences.completing import Completer, Completion, join_touching, text_of
+from realign_lightning.preferences.completing import Completer, Completion, join_touching
 from realign_lightning.preferences.mask import LexiconMasker, MaskedResponse
 from tests.conftest import picture
 

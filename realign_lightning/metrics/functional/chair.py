@@ -2,328 +2,275 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from realign_lightning.metrics.functional.captions import CaptionCheck, CaptionParser, ChairNormalizer
 from realign_lightning.metrics.functional.checks import check_texts, ratio
-from realign_lightning.metrics.functional.singularize import singularize
-from realign_lightning.metrics.functional.words import chunk_tokens, chunks
+from realign_lightning.metrics.functional.coco import CocoObjects
 from realign_lightning.metrics.lexicon import Lexicon
 
-ChairNormalizer = Literal["original"]
-"""How the words of a caption are brought to the form in which they are looked up: ``original`` is the published rule,
-a singular of every token."""
+__all__ = [
+    "CaptionCheck",
+    "CaptionParser",
+    "ChairNormalizer",
+    "chair",
+    "chair_captions",
+    "chair_counts",
+    "ground_truth",
+    "highlight",
+]
+
+Targets = Sequence[Collection[str]] | Sequence[int | str]
+"""The categories of each image, or image ids that an index knows."""
 
 
-@lru_cache(maxsize=2**16)
-def _singular_tokens(chunk: str, ends_sentence: bool) -> tuple[str, ...]:
-    return tuple(singularize(token) for token in chunk_tokens(chunk, ends_sentence))
-
-
-def original_words(text: str) -> list[str]:
-    """Tokens of the lower-cased text, each in the singular, as LisaAnne/Hallucination has them.
+def chair_counts(
+    preds: Sequence[str],
+    target: Targets,
+    normalizer: ChairNormalizer | CaptionParser = "original",
+    synonyms: Lexicon | str | Path | None = None,
+    *,
+    ground_truth: Mapping[Any, Collection[str]] | None = None,
+    objects: Sequence[Sequence[str]] | None = None,
+) -> Tensor:
+    """What CHAIR is computed from, one row per caption; rows add up to the counts of a set.
 
     Args:
-        text: a caption.
+        preds: captions.
+        target: the categories of each image, or image ids when ``ground_truth`` is given.
+        normalizer: how words are normalised, or a parser that is used again and again.
+        synonyms: the names of the objects, or None for our list of the 80 COCO categories; part of the parser, if that
+            is given.
+        ground_truth: the categories of each image id, as :class:`~realign_lightning.metrics.CocoObjects`.
+        objects: what a judge extracted from each caption, for ``objhal`` alone: normalised words that are looked up as
+            they stand (:meth:`CaptionParser.object_words` makes them). The captions are then used for their length.
 
     Returns:
-        The tokens, punctuation included.
-
-    >>> original_words("Two buses and a bus.")
-    ['two', 'bus', 'and', 'a', 'bu', '.']
-    """
-    return [token for chunk, ends_sentence in chunks(text) for token in _singular_tokens(chunk, ends_sentence)]
-
-
-NORMALIZERS: Mapping[ChairNormalizer, Callable[[str], list[str]]] = {"original": original_words}
-"""The function behind each name: caption to normalised tokens."""
-
-
-class Mention(NamedTuple):
-    """An object that a caption names.
-
-    Attributes:
-        word: the normalised word or phrase.
-        category: the category it belongs to.
-        position: index of its first token among the caption's tokens, before phrases are joined.
-    """
-
-    word: str
-    category: str
-    position: int
-
-
-class CaptionObjects(NamedTuple):
-    """The objects of one caption.
-
-    Attributes:
-        words: normalised words, phrases joined, punctuation included.
-        mentions: the words that name an object, in their order.
-    """
-
-    words: tuple[str, ...]
-    mentions: tuple[Mention, ...]
-
-
-class CaptionCheck(NamedTuple):
-    """One caption against the objects of its image.
-
-    Attributes:
-        words: normalised words, phrases joined, punctuation included.
-        mentions: the words that name an object, in their order.
-        hallucinated: the mentions whose category is not in the image.
-        recalled: the categories of the image that the caption mentions.
-        target: the categories of the image.
-    """
-
-    words: tuple[str, ...]
-    mentions: tuple[Mention, ...]
-    hallucinated: tuple[Mention, ...]
-    recalled: frozenset[str]
-    target: frozenset[str]
-
-
-class CaptionParser:
-    """Finds the objects of captions, as CHAIR defines it.
-
-    The caption is cut into lower-case tokens, each token is normalised, phrases are joined from left to right, words
-    that the lexicon suppresses are dropped, and what is left is looked up.
-
-    Args:
-        synonyms: the names of the objects: a :class:`~realign_lightning.metrics.Lexicon`, the path of a list in the
-            form of the official ``synonyms.txt``, or None for our list of the 80 COCO categories.
-        normalizer: how words are normalised.
+        int64, shape (N, 7), or (N, 8) with ``objhal``. Columns: captions (1); captions with a hallucinated mention;
+        mentions of an object; hallucinated mentions; categories of the image; those of them that the caption mentions;
+        length; with ``objhal`` also captions with any mention. The length is the number of words after phrases are
+        joined, punctuation included; with ``objhal`` the number of pieces between single blanks.
 
     Raises:
-        ValueError: if the normaliser is unknown, or names of two categories have the same normal form.
+        ValueError: if lengths differ, or a target or an extracted object is not of the form above.
+        KeyError: if ``ground_truth`` does not know an image id.
 
-    >>> CaptionParser().parse("A man rides two horses.").mentions
-    (Mention(word='man', category='person', position=1), Mention(word='horse', category='horse', position=4))
+    >>> chair_counts(["A dog and a cat.", "A horse."], [{"dog", "person"}, {"horse"}])
+    tensor([[1, 1, 2, 1, 2, 1, 6],
+            [1, 0, 1, 0, 1, 1, 3]])
     """
-
-    def __init__(self, synonyms: Lexicon | str | Path | None = None, normalizer: ChairNormalizer = "original") -> None:
-        if normalizer not in NORMALIZERS:
-            raise ValueError(f"Expected `normalizer` to be one of {tuple(NORMALIZERS)}, got {normalizer!r}.")
-        self.normalizer: ChairNormalizer = normalizer
-        if synonyms is None:
-            synonyms = Lexicon.coco()
-        self.lexicon = synonyms if isinstance(synonyms, Lexicon) else Lexicon.from_file(synonyms)
-        if self.lexicon.compounds is None:
-            self._categories = self._normalized_names()
-            self._compounds = {name: name for name in self._categories if " " in name}
-        else:
-            self._categories = self.lexicon.synonyms
-            self._compounds = self.lexicon.compounds
-        self._longest: dict[str, int] = {}
-        for phrase in self._compounds:
-            first, *rest = phrase.split(" ")
-            self._longest[first] = max(self._longest.get(first, 0), 1 + len(rest))
-
-    def _normalized_names(self) -> dict[str, str]:
-        origins: dict[str, str] = {}
-        for name, category in self.lexicon.synonyms.items():
-            normalized = " ".join(NORMALIZERS[self.normalizer](name))
-            origin = origins.setdefault(normalized, name)
-            if self.lexicon.synonyms[origin] != category:
-                raise ValueError(
-                    f"The normaliser {self.normalizer!r} reads {origin!r} and {name!r} both as {normalized!r}, but "
-                    f"they belong to {self.lexicon.synonyms[origin]!r} and {category!r}: leave one of them out."
-                )
-        return {normalized: self.lexicon.synonyms[name] for normalized, name in origins.items()}
-
-    def parse(self, caption: str) -> CaptionObjects:
-        """The words and objects of one caption.
-
-        Args:
-            caption: the text.
-        """
-        words, starts = self._join(NORMALIZERS[self.normalizer](caption))
-        dropped = {word for word, other in self.lexicon.suppressed.items() if word in words and other in words}
-        mentions = tuple(
-            Mention(word, self._categories[word], start)
-            for word, start in zip(words, starts, strict=True)
-            if word in self._categories and word not in dropped
-        )
-        return CaptionObjects(tuple(words), mentions)
-
-    def _join(self, tokens: Sequence[str]) -> tuple[list[str], list[int]]:
-        """Tokens with phrases joined, and the index of the first token of each."""
-        words: list[str] = []
-        starts: list[int] = []
-        start = 0
-        while start < len(tokens):
-            word, size = tokens[start], 1
-            if word in self._longest:
-                word, size = self._longest_phrase(tokens, start)
-            words.append(word)
-            starts.append(start)
-            start += size
-        return words, starts
-
-    def _longest_phrase(self, tokens: Sequence[str], start: int) -> tuple[str, int]:
-        """The word that the longest phrase at ``start`` is read as, and its number of tokens."""
-        for size in range(self._longest[tokens[start]], 1, -1):
-            phrase = " ".join(tokens[start : start + size])
-            if phrase in self._compounds:
-                return self._compounds[phrase], size
-        return tokens[start], 1
-
-    def check(self, caption: str, target: Collection[str]) -> CaptionCheck:
-        """One caption against the objects of its image.
-
-        Args:
-            caption: the text.
-            target: the categories of the image.
-        """
-        words, mentions = self.parse(caption)
-        wanted = frozenset(target)
-        return CaptionCheck(
-            words=words,
-            mentions=mentions,
-            hallucinated=tuple(mention for mention in mentions if mention.category not in wanted),
-            recalled=wanted.intersection(mention.category for mention in mentions),
-            target=wanted,
-        )
-
-    def check_all(self, preds: Sequence[str], target: Sequence[Collection[str]]) -> list[CaptionCheck]:
-        """Captions against the objects of their images.
-
-        Args:
-            preds: captions.
-            target: the categories of each image.
-
-        Raises:
-            ValueError: if the lengths differ, a target is a text, or holds what is no category of the lexicon.
-        """
-        check_texts(preds, target)
-        known = frozenset(self.lexicon.categories)
-        for index, categories in enumerate(target):
-            if isinstance(categories, str):
-                raise ValueError(f"Expected `target` to hold sets of categories, got {categories!r} at index {index}.")
-            if unknown := sorted(set(categories) - known):
-                raise ValueError(
-                    f"Expected `target` to hold categories of the lexicon, got {unknown} at index {index}; "
-                    "`Lexicon.category` gives the category of a synonym."
-                )
-        return [self.check(caption, categories) for caption, categories in zip(preds, target, strict=True)]
+    parser = _parser(normalizer, synonyms)
+    target = _checked(preds, target, parser, ground_truth, objects)
+    extracted: Sequence[Sequence[str] | None] = [None] * len(preds) if objects is None else objects
+    rows = [parser.count(*example) for example in zip(preds, target, extracted, strict=True)]
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, count_columns(parser))
 
 
-class ChairCounts(NamedTuple):
-    """What CHAIR is computed from; counts of several batches add up.
+def count_columns(parser: CaptionParser) -> int:
+    """Columns of :func:`chair_counts`.
 
-    Attributes:
-        captions: captions.
-        hallucinated_captions: captions with a hallucinated mention.
-        mentions: mentions of an object.
-        hallucinated_mentions: mentions of an object that is not in the image.
-        targets: distinct categories of the images, summed over captions.
-        recalled: those of them that the caption mentions.
-        words: words, counted after phrases are joined, punctuation included.
+    Args:
+        parser: the parser whose captions are counted.
     """
-
-    captions: int
-    hallucinated_captions: int
-    mentions: int
-    hallucinated_mentions: int
-    targets: int
-    recalled: int
-    words: int
+    return 8 if parser.normalizer == "objhal" else 7
 
 
-def _chair_update(preds: Sequence[str], target: Sequence[Collection[str]], parser: CaptionParser) -> ChairCounts:
-    """Count mentions."""
-    checks = parser.check_all(preds, target)
-    return ChairCounts(
-        captions=len(checks),
-        hallucinated_captions=sum(bool(check.hallucinated) for check in checks),
-        mentions=sum(len(check.mentions) for check in checks),
-        hallucinated_mentions=sum(len(check.hallucinated) for check in checks),
-        targets=sum(len(check.target) for check in checks),
-        recalled=sum(len(check.recalled) for check in checks),
-        words=sum(len(check.words) for check in checks),
-    )
+def _parser(normalizer: ChairNormalizer | CaptionParser, synonyms: Lexicon | str | Path | None) -> CaptionParser:
+    if not isinstance(normalizer, CaptionParser):
+        return CaptionParser(synonyms, normalizer)
+    if synonyms is not None:
+        raise ValueError("Expected `synonyms` to be None beside a parser, which has its own: leave it out.")
+    return normalizer
 
 
-def _chair_compute(
-    captions: Tensor,
-    hallucinated_captions: Tensor,
-    mentions: Tensor,
-    hallucinated_mentions: Tensor,
-    targets: Tensor,
-    recalled: Tensor,
-    words: Tensor,
-) -> dict[str, Tensor]:
-    """Finish the counts of :func:`_chair_update`."""
-    return {
-        "chair_s": ratio(hallucinated_captions, captions),
-        "chair_i": ratio(hallucinated_mentions, mentions),
+def _checked(
+    preds: Sequence[str],
+    target: Targets,
+    parser: CaptionParser,
+    index: Mapping[Any, Collection[str]] | None,
+    objects: Sequence[Sequence[str]] | None,
+) -> list[Collection[str]]:
+    """The categories of each image, after everything that comes in has been checked."""
+    check_texts(preds, target)
+    if objects is not None:
+        _check_objects(preds, objects, parser)
+    if isinstance(index, CocoObjects):
+        index.check_parser(parser)
+    known = frozenset(parser.lexicon.categories)
+    found: list[Any] = list(target)
+    if index is not None:
+        found = [_image_objects(index, image, i) for i, image in enumerate(target)]
+    for i, categories in enumerate(found):
+        _check_categories(categories, known, i)
+    return found
+
+
+def _check_objects(preds: Sequence[str], objects: Sequence[Sequence[str]], parser: CaptionParser) -> None:
+    if parser.normalizer != "objhal":
+        raise ValueError(f"Expected `objects` with the normalizer 'objhal' alone, got {parser.normalizer!r}.")
+    if isinstance(objects, str) or not isinstance(objects, Sequence) or len(objects) != len(preds):
+        raise ValueError(f"Expected `objects` to be a list of {len(preds)} lists, one per caption.")
+    for i, words in enumerate(objects):
+        is_list = isinstance(words, Sequence) and not isinstance(words, str)
+        if not is_list or not all(isinstance(word, str) for word in words):
+            raise ValueError(
+                f"Expected `objects` to hold lists of words, got {words!r} at index {i}; "
+                "leave out the captions for which the judge gave no list."
+            )
+
+
+def _image_objects(index: Mapping[Any, Collection[str]], image: Any, position: int) -> Collection[str]:
+    if not isinstance(image, int | str):
+        raise ValueError(
+            f"Expected `target` to hold image ids beside `ground_truth`, got {image!r} at index {position}."
+        )
+    if image not in index:
+        raise KeyError(
+            f"`ground_truth` knows {len(index)} images, but not {image!r} (index {position} of `target`); "
+            "build it from the annotations that hold this image."
+        )
+    return index[image]
+
+
+def _check_categories(categories: Any, known: frozenset[str], position: int) -> None:
+    if isinstance(categories, set | frozenset) and categories <= known:
+        return
+    if isinstance(categories, int):
+        raise ValueError(f"Expected `ground_truth` beside image ids, got the id {categories} at index {position}.")
+    if isinstance(categories, str) or not isinstance(categories, Collection):
+        raise ValueError(
+            f"Expected `target` to hold sets of categories, got {categories!r} at index {position}; "
+            "image ids need `ground_truth`."
+        )
+    if unknown := [name for name in categories if not isinstance(name, str) or name not in known]:
+        raise ValueError(
+            f"Expected `target` to hold categories of the lexicon, got {sorted(unknown, key=str)} at index {position}; "
+            "`Lexicon.category` gives the category of a synonym."
+        )
+
+
+def _chair_compute(counts: Tensor) -> dict[str, Tensor]:
+    """Finish the counts of :func:`chair_counts`.
+
+    Args:
+        counts: summed rows, shape (..., 7) or (..., 8).
+    """
+    captions, hallucinating, mentions, hallucinated, targets, recalled, length, *mentioning = counts.unbind(-1)
+    scores = {
+        "chair_s": ratio(hallucinating, captions),
+        "chair_i": ratio(hallucinated, mentions),
         "recall": ratio(recalled, targets),
-        "mean_length": ratio(words, captions),
+        "mean_length": ratio(length, captions),
     }
+    if mentioning:
+        scores["chair_s_refine"] = ratio(hallucinating, mentioning[0])
+    return scores
 
 
 def chair(
     preds: Sequence[str],
-    target: Sequence[Collection[str]],
-    normalizer: ChairNormalizer = "original",
+    target: Targets,
+    normalizer: ChairNormalizer | CaptionParser = "original",
     synonyms: Lexicon | str | Path | None = None,
+    *,
+    ground_truth: Mapping[Any, Collection[str]] | None = None,
+    objects: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
     """CHAIR's scores of a set of captions; see :class:`~realign_lightning.metrics.CHAIR`.
 
     Args:
         preds: captions.
-        target: the categories of each image; :func:`ground_truth` makes them.
-        normalizer: how words are normalised.
+        target: the categories of each image, which :func:`ground_truth` makes, or image ids when ``ground_truth`` is
+            given.
+        normalizer: how words are normalised, or a parser.
         synonyms: the names of the objects, or None for our list of the 80 COCO categories.
+        ground_truth: the categories of each image id.
+        objects: what a judge extracted from each caption; see :func:`chair_counts`.
 
     Returns:
         chair_s (share of captions with a hallucinated mention), chair_i (share of mentions that are hallucinated),
-        recall (share of the images' categories that their captions mention) and mean_length (words per caption, after
-        phrases are joined, punctuation included), each a scalar; 0 where a denominator is 0.
+        recall (share of the images' categories that their captions mention) and mean_length (see
+        :func:`chair_counts`), each a scalar; 0 where a denominator is 0. With ``objhal`` also chair_s_refine: captions
+        with a hallucinated mention / captions with any mention.
 
     Raises:
-        ValueError: if the lengths differ, a target holds what is no category, or the normaliser is unknown.
+        ValueError: as :func:`chair_counts`, or if the normaliser is unknown.
+        KeyError: if ``ground_truth`` does not know an image id.
 
     >>> scores = chair(["A dog and a cat.", "A horse."], [{"dog", "person"}, {"horse"}])
     >>> {name: round(value.item(), 2) for name, value in scores.items()}
     {'chair_s': 0.5, 'chair_i': 0.33, 'recall': 0.67, 'mean_length': 4.5}
     """
-    counts = _chair_update(preds, target, CaptionParser(synonyms, normalizer))
-    return _chair_compute(*(torch.tensor(count) for count in counts))
+    counts = chair_counts(preds, target, normalizer, synonyms, ground_truth=ground_truth, objects=objects)
+    return _chair_compute(counts.sum(0))
 
 
 def chair_captions(
     preds: Sequence[str],
-    target: Sequence[Collection[str]],
-    normalizer: ChairNormalizer = "original",
+    target: Targets,
+    normalizer: ChairNormalizer | CaptionParser = "original",
     synonyms: Lexicon | str | Path | None = None,
+    *,
+    ground_truth: Mapping[Any, Collection[str]] | None = None,
+    objects: Sequence[Sequence[str]] | None = None,
 ) -> list[CaptionCheck]:
     """What CHAIR sees in each caption, for showing.
 
     Args:
         preds: captions.
-        target: the categories of each image.
-        normalizer: how words are normalised.
+        target: the categories of each image, or image ids.
+        normalizer: how words are normalised, or a parser.
         synonyms: the names of the objects, or None for our list of the 80 COCO categories.
+        ground_truth: the categories of each image id.
+        objects: what a judge extracted from each caption.
 
     Raises:
         ValueError: as :func:`chair`.
+        KeyError: as :func:`chair`.
 
     >>> chair_captions(["A dog and a wine glass."], [{"dog"}])[0].hallucinated
-    (Mention(word='wine glass', category='wine glass', position=4),)
+    (Mention(word='wine glass', category='wine glass', position=4, start=12, end=22),)
     """
-    return CaptionParser(synonyms, normalizer).check_all(preds, target)
+    parser = _parser(normalizer, synonyms)
+    target = _checked(preds, target, parser, ground_truth, objects)
+    extracted: Sequence[Sequence[str] | None] = [None] * len(preds) if objects is None else objects
+    return [parser.check(*example) for example in zip(preds, target, extracted, strict=True)]
+
+
+def highlight(caption: str, check: CaptionCheck, before: str = "[[", after: str = "]]") -> str:
+    """The caption with its hallucinated mentions marked.
+
+    Args:
+        caption: the text that was checked.
+        check: what :func:`chair_captions` says of it.
+        before: what is put before a mention.
+        after: what is put after it.
+
+    Raises:
+        ValueError: if a judge extracted the objects, so that they have no place in the caption.
+
+    >>> caption = "A dog and two Wine Glasses."
+    >>> highlight(caption, chair_captions([caption], [{"dog"}])[0])
+    'A dog and two [[Wine Glasses]].'
+    """
+    marked = caption
+    for mention in reversed(check.hallucinated):
+        if mention.end < 0:
+            raise ValueError(f"Expected `check` of the caption's own words, got {mention.word!r} from a judge's list.")
+        read = caption[mention.start : mention.end]
+        marked = f"{marked[: mention.start]}{before}{read}{after}{marked[mention.end :]}"
+    return marked
 
 
 def ground_truth(
     instances: Iterable[str],
     captions: Iterable[str],
-    lexicon: Lexicon | None = None,
+    lexicon: Lexicon | str | Path | None = None,
     normalizer: ChairNormalizer = "original",
 ) -> set[str]:
     """The objects of an image as CHAIR defines them: annotated instances and what reference captions mention.
@@ -335,7 +282,7 @@ def ground_truth(
         normalizer: how words are normalised.
 
     Returns:
-        Categories, a target of :func:`chair`.
+        Categories, a target of :func:`chair`. For many images see :class:`~realign_lightning.metrics.CocoObjects`.
 
     Raises:
         KeyError: if the lexicon does not list an instance.
@@ -344,5 +291,5 @@ def ground_truth(
     ['couch', 'dog']
     """
     parser = CaptionParser(lexicon, normalizer)
-    mentioned = {mention.category for caption in captions for mention in parser.parse(caption).mentions}
-    return {parser.lexicon.category(name) for name in instances} | mentioned
+    annotated = {parser.lexicon.category(name) for name in instances}
+    return annotated.union(*(parser.categories(caption) for caption in captions))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +44,25 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """
     dtype = torch.float32 if denominator.device.type == "mps" else torch.float64
     return numerator.to(dtype) / denominator.clamp(min=1).to(dtype)
+
+
+def fill_template(template: str, values: Mapping[str, str], source: object) -> str:
+    """A prompt whose blanks are filled one after the other.
+
+    Args:
+        template: text with one ``{}`` per value.
+        values: what fills them, in order, by what it is.
+        source: where the template comes from, for messages.
+
+    Raises:
+        ValueError: if it has another number of blanks.
+
+    >>> fill_template("Is it {} or {}?", {"first": "a dog", "second": "a cat"}, "template.txt")
+    'Is it a dog or a cat?'
+    """
+    pieces = template.split("{}")
+    if len(pieces) != len(values) + 1:
+        raise ValueError(
+            f"Expected {source} to hold '{{}}' {len(values)} times ({', '.join(values)}), got {len(pieces) - 1} times."
+        )
+    return "".join(piece + value for piece, value in zip(pieces, [*values.values(), ""], strict=True))

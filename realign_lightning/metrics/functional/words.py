@@ -28,6 +28,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _CLITIC = re.compile(r"(?<=[^'])(?:n't|'(?:s|m|d|ll|re|ve)?)$")
+_CHUNK = re.compile(r"\S+")
 _FUSED = {
     "cannot": ("can", "not"),
     "gimme": ("gim", "me"),
@@ -107,18 +108,50 @@ def chunk_tokens(chunk: str, ends_sentence: bool) -> list[str]:
     >>> chunk_tokens('"stop."', True)
     ['``', 'stop', '.', "''"]
     """
-    if ends_sentence:
-        chunk = _FINAL_PERIOD.sub(" .", chunk, count=1)
-    tokens: list[str] = []
-    for match in _TOKEN.finditer(chunk):
-        token = match.group()
-        if token in ('"', "''"):
-            opens = match.start() == 0 or chunk[match.start() - 1] in "([{<"
-            tokens.append("``" if opens else "''")
-        elif token in _FUSED:
-            tokens.extend(_FUSED[token])
-        else:
-            clitic = _CLITIC.search(token)
-            cut = clitic.start() if clitic else len(token)
-            tokens.extend(part for part in (token[:cut], token[cut:]) if part)
-    return tokens
+    return [token for token, _, _ in _scan(chunk, ends_sentence)]
+
+
+def token_spans(text: str) -> list[tuple[int, int]]:
+    """Where each token of :func:`tokenize` stands in the text.
+
+    Args:
+        text: any text, in its own spelling.
+
+    Returns:
+        First character and the one after the last, for each token in order.
+
+    >>> text = "It cannot stop."
+    >>> [text[start:end] for start, end in token_spans(text)]
+    ['It', 'can', 'not', 'stop', '.']
+    """
+    spans: list[tuple[int, int]] = []
+    for match, (chunk, ends_sentence) in zip(_CHUNK.finditer(text), chunks(text), strict=True):
+        # Not every letter has a lower case of one character.
+        origins = [index for index, letter in enumerate(match.group(), match.start()) for _ in letter.lower()]
+        spans += [(origins[start], origins[end - 1] + 1) for _, start, end in _scan(chunk, ends_sentence)]
+    return spans
+
+
+def _scan(chunk: str, ends_sentence: bool) -> Iterator[tuple[str, int, int]]:
+    """Tokens of a chunk with their first character and the one after the last."""
+    period = _FINAL_PERIOD.search(chunk) if ends_sentence else None
+    cut = period.start() if period else len(chunk)
+    for first, last in ((0, cut), (cut, len(chunk))):
+        for match in _TOKEN.finditer(chunk, first, last):
+            token, start = match.group(), match.start()
+            if token in ('"', "''"):
+                opens = start == 0 or chunk[start - 1] in "([{<"
+                yield "``" if opens else "''", start, match.end()
+                continue
+            for part in _parts(token):
+                yield part, start, start + len(part)
+                start += len(part)
+
+
+def _parts(token: str) -> tuple[str, ...]:
+    """The words that are written as one."""
+    if token in _FUSED:
+        return _FUSED[token]
+    clitic = _CLITIC.search(token)
+    cut = clitic.start() if clitic else len(token)
+    return tuple(part for part in (token[:cut], token[cut:]) if part)

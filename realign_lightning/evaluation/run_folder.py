@@ -1,0 +1,158 @@
+"""The folder of an evaluation: answers with their marks, and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from realign_lightning.backbones.files import write_json
+from realign_lightning.evaluation.base import Answered
+
+ANSWERS = "answers.jsonl"
+"""One line per question, in the benchmark's order."""
+
+METRICS = "metrics.json"
+"""Scores, and what they depend on."""
+
+
+@dataclass
+class Evaluated:
+    """What an evaluation found.
+
+    Args:
+        benchmark: its name.
+        settings: parser, lexicon and whatever else scores depend on.
+        scores: by name, shares between 0 and 1 unless the benchmark says otherwise.
+        answers: one per question.
+        model: what tells the model from others, in plain JSON values.
+        judge: what the judge was, and what it cost; empty without one.
+    """
+
+    benchmark: str
+    settings: dict[str, Any]
+    scores: dict[str, float]
+    answers: list[Answered]
+    model: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
+
+
+def write_run(folder: Path, found: Evaluated) -> None:
+    """Write ``answers.jsonl`` and ``metrics.json``; each is there as a whole or not at all.
+
+    Args:
+        folder: made if needed; what an earlier evaluation wrote is replaced.
+        found: what to write.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in found.answers)
+    temporary = folder / f".{ANSWERS}.new"
+    temporary.write_text(lines, encoding="utf-8")
+    temporary.replace(folder / ANSWERS)
+    told = {name: value for name, value in asdict(found).items() if name != "answers"}
+    unanswered = sum(row.answer is None for row in found.answers)
+    write_json(folder / METRICS, {**told, "questions": len(found.answers), "unanswered": unanswered})
+
+
+def read_run(folder: Path) -> Evaluated:
+    """Read what :func:`write_run` wrote.
+
+    Args:
+        folder: with ``answers.jsonl`` and ``metrics.json``.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: naming the file and line that is damaged.
+    """
+    for name in (METRICS, ANSWERS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no folder of an evaluation: it has no {name}.")
+    told = _parse(folder / METRICS, 1, (folder / METRICS).read_text(encoding="utf-8"))
+    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
+    answers = [_answered(folder / ANSWERS, number, line) for number, line in enumerate(lines, 1)]
+    missing = {"benchmark", "settings", "scores"} - told.keys()
+    if missing:
+        raise ValueError(f"{folder / METRICS} lacks {sorted(missing)}: run the evaluation again.")
+    known = {one.name for one in fields(Evaluated)} - {"answers"}
+    return Evaluated(answers=answers, **{name: value for name, value in told.items() if name in known})
+
+
+def _answered(path: Path, number: int, line: str) -> Answered:
+    values = _parse(path, number, line)
+    known = {one.name for one in fields(Answered)}
+    if not {"key", "question", "answer"} <= values.keys() or not values.keys() <= known:
+        raise ValueError(f"{path}, line {number}: expected the fields {sorted(known)}, got {sorted(values)}.")
+    return Answered(**values)
+
+
+def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}, is no JSON: {error}. Run the evaluation again.") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}.")
+    return dict(value)
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """Evaluations in a folder, or the folder itself, by the benchmark's name.
+
+    Args:
+        folder: of one evaluation, or with one folder for each of several.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if two are of one benchmark.
+    """
+    paths = sorted(path.parent for path in [folder / METRICS, *folder.glob(f"*/{METRICS}")] if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no evaluation: neither it nor a folder in it has a {METRICS}.")
+    runs: dict[str, Path] = {}
+    for path in paths:
+        name = _parse(path / METRICS, 1, (path / METRICS).read_text(encoding="utf-8"))["benchmark"]
+        if name in runs:
+            raise ValueError(f"{runs[name]} and {path} are both evaluations of {name}: give one of the two folders.")
+        runs[name] = path
+    return runs
+
+
+def rows_of(answers: Sequence[Answered]) -> dict[str, Answered]:
+    """Answers by the key of their question.
+
+    Args:
+        answers: of one evaluation.
+
+    Raises:
+        ValueError: if two have one key.
+    """
+    rows = {row.key: row for row in answers}
+    if len(rows) != len(answers):
+        raise ValueError(f"Expected every question once, got {len(answers)} lines of {len(rows)} questions.")
+    return rows
+
+
+def check_run(folder: Path, benchmark: str, model: Mapping[str, Any]) -> None:
+    """Refuse a folder in which another evaluation lies.
+
+    Args:
+        folder: that is going to be written.
+        benchmark: its name.
+        model: what tells it from others.
+
+    Raises:
+        FileExistsError: if another model or benchmark was evaluated there.
+    """
+    if not (folder / METRICS).is_file():
+        return
+    told = _parse(folder / METRICS, 1, (folder / METRICS).read_text(encoding="utf-8"))
+    if told.get("benchmark") != benchmark or told.get("model") != model:
+        raise FileExistsError(
+            f"{folder} holds an evaluation of another model or benchmark ({told.get('benchmark')}): give another "
+            "--output, or --overwrite true."
+        )
