@@ -35,7 +35,7 @@ from realign_lightning.modules.cache import Entry
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, llama_tokenizer, make_tiny, square
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "build"]
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in ("build", "eval")]
 
 
 class Measured(NamedTuple):

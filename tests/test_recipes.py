@@ -17,8 +17,8 @@ from tests.conftest import alone, preference_samples
 from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parent.parent
-BUILDS = sorted((ROOT / "recipes" / "build").glob("*.yaml"))
-RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(BUILDS))
+OTHERS = sorted(path for kind in ("build", "eval") for path in (ROOT / "recipes" / kind).glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(OTHERS))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # The family of a checkpoint, by what its name on the hub contains.
@@ -180,10 +180,10 @@ def test_every_other_piece_is_used_by_a_recipe(config):
     assert any(f"/{config.relative_to(ROOT)}" in recipe.read_text() for recipe in RECIPES)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *BUILDS], ids=name_of)
+@pytest.mark.parametrize("recipe", [*RECIPES, *OTHERS], ids=name_of)
 def test_every_recipe_introduces_itself_with_a_command_that_names_it(recipe):
     header = re.match(r"(#[^\n]*\n)+", recipe.read_text()).group()
-    command = "build" if recipe in BUILDS else "fit"
+    command = {"build": "build", "eval": "test"}.get(recipe.parent.name, "fit")
     assert f"realign-lightning {command} --config {recipe.relative_to(ROOT)}" in header
     assert len(header.splitlines()) >= 6
 

@@ -10,25 +10,23 @@ from realign_lightning.evaluation.run_folder import Evaluated, read_run, write_r
 
 if TYPE_CHECKING:
     from realign_lightning.evaluation.answering import Reply, answer_questions
-    from realign_lightning.evaluation.benchmarks import (
-        AmberBenchmark,
-        ChairBenchmark,
-        HallusionBenchmark,
-        MMHalBenchmark,
-        PopeBenchmark,
-    )
+    from realign_lightning.evaluation.benchmarks.amber import AmberBenchmark
+    from realign_lightning.evaluation.benchmarks.chair import ChairBenchmark
+    from realign_lightning.evaluation.benchmarks.hallusionbench import HallusionBenchmark
+    from realign_lightning.evaluation.benchmarks.mmhal import MMHalBenchmark
+    from realign_lightning.evaluation.benchmarks.pope import PopeBenchmark
     from realign_lightning.evaluation.judge import Judge, JudgeCost
     from realign_lightning.evaluation.running import evaluate
     from realign_lightning.evaluation.score import score_file
 
 _HOMES = {
-    "AmberBenchmark": "realign_lightning.evaluation.benchmarks",
-    "ChairBenchmark": "realign_lightning.evaluation.benchmarks",
-    "HallusionBenchmark": "realign_lightning.evaluation.benchmarks",
+    "AmberBenchmark": "realign_lightning.evaluation.benchmarks.amber",
+    "ChairBenchmark": "realign_lightning.evaluation.benchmarks.chair",
+    "HallusionBenchmark": "realign_lightning.evaluation.benchmarks.hallusionbench",
     "Judge": "realign_lightning.evaluation.judge",
     "JudgeCost": "realign_lightning.evaluation.judge",
-    "MMHalBenchmark": "realign_lightning.evaluation.benchmarks",
-    "PopeBenchmark": "realign_lightning.evaluation.benchmarks",
+    "MMHalBenchmark": "realign_lightning.evaluation.benchmarks.mmhal",
+    "PopeBenchmark": "realign_lightning.evaluation.benchmarks.pope",
     "Reply": "realign_lightning.evaluation.answering",
     "answer_questions": "realign_lightning.evaluation.answering",
     "evaluate": "realign_lightning.evaluation.running",

@@ -79,12 +79,12 @@ def name_benchmark(args: Sequence[str]) -> list[str]:
         args: of a command.
 
     >>> name_benchmark(["--benchmark", "pope", "--output", "run"])[1]
-    'realign_lightning.evaluation.benchmarks.PopeBenchmark'
+    'realign_lightning.evaluation.PopeBenchmark'
     """
     named = list(args)
     for place, (option, value) in enumerate(itertools.pairwise(args)):
         if option == "--benchmark" and value in BENCHMARKS:
-            named[place + 1] = f"realign_lightning.evaluation.benchmarks.{BENCHMARKS[value].__name__}"
+            named[place + 1] = f"realign_lightning.evaluation.{BENCHMARKS[value].__name__}"
     return named
 
 

@@ -16,12 +16,3 @@ _ALL: tuple[type[MarkedBenchmark], ...] = (
 )
 BENCHMARKS: dict[str, type[MarkedBenchmark]] = {kind.name: kind for kind in _ALL}
 """Classes by name."""
-
-__all__ = [
-    "BENCHMARKS",
-    "AmberBenchmark",
-    "ChairBenchmark",
-    "HallusionBenchmark",
-    "MMHalBenchmark",
-    "PopeBenchmark",
-]

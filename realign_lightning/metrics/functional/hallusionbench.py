@@ -43,7 +43,7 @@ _SUBCATEGORIES = tuple(sorted({name for names in SUBCATEGORIES.values() for name
 class HallusionRow(NamedTuple):
     """What the score needs to know of a question; the fields of ``HallusionBench.json``, all of them texts.
 
-    Attributes:
+    Args:
         category: "VD", the question makes no sense without its image, or "VS", it can be answered without.
         subcategory: one of :data:`SUBCATEGORIES`.
         visual_input: "0" no image is shown, "1" the original image, "2" an edited or opposing image.
