@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from realign_lightning.metrics.counted import CountedMetric
 from realign_lightning.metrics.functional.amber import (
     _ANSWER_WIDTH,
     _DESCRIPTION_WIDTH,
@@ -39,7 +37,7 @@ _COMPUTE = {
 _PLOTTED = ("chair", "cover", "hal", "cog", "accuracy", "precision", "recall", "f1", "unparsed", "amber")
 
 
-class AMBER(Metric):
+class AMBER(CountedMetric):
     """AMBER (Wang et al. 2023, arXiv 2311.07397): what does a model describe, and affirm, that is not in the image?
 
     ``update`` and ``forward`` take ``preds``, the descriptions and answers as generated, and ``target``, for each its
@@ -82,18 +80,11 @@ class AMBER(Metric):
     {'chair': 0.5, 'cover': 1.0, 'precision': 1.0, 'recall': 0.5, 'f1': 0.67, 'amber': 0.58}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound: float = 0.0
-    plot_upper_bound: float = 1.0
-
-    counts: Tensor
 
     def __init__(
         self, task: AmberTask = "all", checker: AmberChecker | None = None, eps: float = EPS, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         if task not in get_args(AmberTask):
             raise ValueError(f"Expected `task` to be one of {get_args(AmberTask)}, got {task!r}.")
         if checker is None and task != "discriminative":
@@ -101,49 +92,34 @@ class AMBER(Metric):
                 f"Expected `checker`, an AmberChecker made of relation.json, for task {task!r}, got None: give one, or "
                 "score answers alone with task 'discriminative'."
             )
+        super().__init__(_WIDTHS[task], **kwargs)
         self.task: AmberTask = task
         self.checker = checker
         self.eps = eps
-        self.add_state("counts", default=torch.zeros(_WIDTHS[task], dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, preds: Sequence[str], target: Sequence[Mapping[str, Any]]) -> None:
+    def update(
+        self, preds: Sequence[str], target: Sequence[Mapping[str, Any]], ids: Sequence[int] | None = None
+    ) -> None:
         """Count a batch of descriptions and answers.
 
         Args:
             preds: as generated.
             target: the annotation of each.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
+                None counts everything.
         """
-        self.counts += self._count(preds, target).sum(0).to(self.counts.device)
+        self._count(self._counts(preds, target), ids)
 
-    def _count(self, preds: Sequence[str], target: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _counts(self, preds: Sequence[str], target: Sequence[Mapping[str, Any]]) -> Tensor:
         if self.task == "discriminative" or self.checker is None:
             return amber_discriminative_counts(preds, target)
         count = amber_counts if self.task == "all" else amber_generative_counts
         return count(preds, target, self.checker)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores of all descriptions and answers so far."""
-        return _COMPUTE[self.task](self.counts, self.eps)
+    def _finish(self, counts: Tensor) -> dict[str, Tensor]:
+        return _COMPUTE[self.task](counts, self.eps)
 
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one result or several, without the scores by kind of question.
-
-        Args:
-            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        val = self.compute() if val is None else val
-        overall = _overall(val) if isinstance(val, dict) else [_overall(result) for result in val]
-        return self._plot(overall, ax)
-
-
-def _overall(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: result[name] for name in _PLOTTED if name in result}
+    @staticmethod
+    def _drawn_names(names: Iterable[str]) -> list[str]:
+        """All but the scores by kind of question."""
+        return [name for name in _PLOTTED if name in names]

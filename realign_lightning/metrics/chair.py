@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from realign_lightning.metrics.counted import CountedMetric
 from realign_lightning.metrics.functional.captions import CaptionParser, ChairNormalizer
 from realign_lightning.metrics.functional.chair import Targets, _chair_compute, chair_counts, count_columns
 from realign_lightning.metrics.functional.coco import CocoObjects
 from realign_lightning.metrics.lexicon import Lexicon
 
 
-class CHAIR(Metric):
+class CHAIR(CountedMetric):
     """Caption hallucination (Rohrbach et al. 2018, arXiv 1809.02156): which objects of a caption are not in the image?
 
     ``update`` and ``forward`` take ``preds``, a list of captions, and ``target``, the set of categories in each image
@@ -63,12 +61,7 @@ class CHAIR(Metric):
     {'chair_s': 0.5, 'chair_i': 0.33, 'recall': 0.67, 'mean_length': 4.5}
     """
 
-    counts: Tensor
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    plot_lower_bound: float = 0.0
-    plot_upper_bound: float = 1.0
 
     def __init__(
         self,
@@ -77,15 +70,20 @@ class CHAIR(Metric):
         ground_truth: Mapping[Any, Collection[str]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.parser = CaptionParser(synonyms, normalizer)
-        self.ground_truth = ground_truth
+        parser = CaptionParser(synonyms, normalizer)
         if isinstance(ground_truth, CocoObjects):
-            ground_truth.check_parser(self.parser)
-        zeros = torch.zeros(count_columns(self.parser), dtype=torch.long)
-        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
+            ground_truth.check_parser(parser)
+        super().__init__(count_columns(parser), **kwargs)
+        self.parser = parser
+        self.ground_truth = ground_truth
 
-    def update(self, preds: Sequence[str], target: Targets, objects: Sequence[Sequence[str]] | None = None) -> None:
+    def update(
+        self,
+        preds: Sequence[str],
+        target: Targets,
+        objects: Sequence[Sequence[str]] | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> None:
         """Count a batch of captions.
 
         Args:
@@ -93,33 +91,16 @@ class CHAIR(Metric):
             target: the categories in each image, or image ids where the metric has a ``ground_truth``.
             objects: what a judge extracted from each caption, for ``objhal`` alone; see
                 :func:`~realign_lightning.metrics.functional.chair_counts`.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
+                None counts everything.
         """
         counts = chair_counts(preds, target, self.parser, ground_truth=self.ground_truth, objects=objects)
-        self.counts += counts.sum(0).to(self.counts.device)
+        self._count(counts, ids)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores of all captions so far."""
-        return _chair_compute(self.counts)
+    def _finish(self, counts: Tensor) -> dict[str, Tensor]:
+        return _chair_compute(counts)
 
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot the shares of one result or several; ``mean_length``, which is no share, is left out.
-
-        Args:
-            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        val = self.compute() if val is None else val
-        shares = _without_length(val) if isinstance(val, dict) else [_without_length(result) for result in val]
-        return self._plot(shares, ax)
-
-
-def _without_length(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in result.items() if name != "mean_length"}
+    @staticmethod
+    def _drawn_names(names: Iterable[str]) -> list[str]:
+        """All but ``mean_length``, which is no share."""
+        return [name for name in names if name != "mean_length"]

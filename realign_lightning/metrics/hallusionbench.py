@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from realign_lightning.metrics.counted import BenchmarkMetric
 from realign_lightning.metrics.functional.hallusionbench import (
     ENTRY_WIDTH,
     HallusionParser,
@@ -22,7 +19,7 @@ from realign_lightning.metrics.functional.hallusionbench import (
 )
 
 
-class HallusionBench(Metric):
+class HallusionBench(BenchmarkMetric):
     """Language hallucination and visual illusion (Guan et al. 2024, arXiv 2310.14566), by yes-or-no questions.
 
     ``update`` and ``forward`` take ``preds``, the answers (or a judge's replies, or verdicts), and ``target``, a
@@ -69,11 +66,7 @@ class HallusionBench(Metric):
     {'a_acc': 0.5, 'q_acc': 0.0, 'f_acc': 0.5}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound: float = 0.0
-    plot_upper_bound: float = 1.0
 
     table: list[Tensor] | Tensor
 
@@ -88,7 +81,7 @@ class HallusionBench(Metric):
         self.parser: HallusionParser = check_variant(variant, parser)
         self.variant: HallusionVariant = variant
         self.per_category = per_category
-        self.add_state("table", default=[], dist_reduce_fx="cat")
+        self.add_table("table", ENTRY_WIDTH)
 
     def update(
         self,
@@ -103,50 +96,13 @@ class HallusionBench(Metric):
             target: the question of each.
             same: whether each answer agrees with that for figure 0, or None where not known.
         """
-        rows = hallusionbench_table(preds, target, self.parser, same)
-        self.table = [*self._tables(), rows.to(self.device)]
+        self.add_rows("table", hallusionbench_table(preds, target, self.parser, same))
 
     def compute(self) -> dict[str, Tensor]:
         """The scores of all answers so far."""
-        rows = dim_zero_cat([self._empty(), *self._tables()])
-        return _hallusionbench_scores(rows, self.variant, self.per_category)
+        return _hallusionbench_scores(self.table_of("table"), self.variant, self.per_category)
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the state of all processes, as :meth:`torchmetrics.Metric.sync` does.
-
-        Args:
-            args: arguments of that method.
-            kwargs: arguments of that method.
-        """
-        # A process that saw nothing would send an empty float vector, which does not go with the tables of the others.
-        self.table = self._tables() or [self._empty()]
-        super().sync(*args, **kwargs)
-
-    def _empty(self) -> Tensor:
-        return torch.zeros(0, ENTRY_WIDTH, dtype=torch.long, device=self.device)
-
-    def _tables(self) -> list[Tensor]:
-        return [self.table] if isinstance(self.table, Tensor) else self.table
-
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot the shares of one result or several; ``yes_bias_diff``, which is no share, is left out.
-
-        Args:
-            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        val = self.compute() if val is None else val
-        shares = _without_bias(val) if isinstance(val, dict) else [_without_bias(result) for result in val]
-        return self._plot(shares, ax)
-
-
-def _without_bias(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in result.items() if name != "yes_bias_diff"}
+    @staticmethod
+    def _drawn_names(names: Iterable[str]) -> list[str]:
+        """All but ``yes_bias_diff``, which is no share."""
+        return [name for name in names if name != "yes_bias_diff"]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from realign_lightning.metrics.counted import CountedMetric
 from realign_lightning.metrics.functional.mmhal import _mmhal_compute, mmhal_counts
 
 
-class MMHal(Metric):
+class MMHal(CountedMetric):
     """Ratings of open answers (MMHal-Bench, Sun et al. 2023, arXiv 2309.14525): informative, and free of hallucination?
 
     ``update`` and ``forward`` take ``preds``, a judge's replies, and ``target``, for each the number of the question in
@@ -26,8 +25,7 @@ class MMHal(Metric):
     * ``score_attribute``, ``score_adversarial``, ``score_comparison``, ``score_counting``, ``score_relation``,
       ``score_environment``, ``score_holistic``, ``score_other``: mean rating by type of question.
 
-    Values are 0 where the denominator is 0. Counts add up, so a question that a sampler pads in counts twice: let no
-    sampler pad.
+    Values are 0 where the denominator is 0.
 
     Args:
         kwargs: arguments of :class:`torchmetrics.Metric`.
@@ -42,44 +40,22 @@ class MMHal(Metric):
     (3.5, 0.5, 3.5)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound: float = 0.0
     plot_upper_bound: float = 6.0
 
-    counts: Tensor
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("counts", default=mmhal_counts([]).sum(0), dist_reduce_fx="sum")
+        super().__init__(mmhal_counts([]).shape[1], **kwargs)
 
-    def update(self, preds: Sequence[str], target: Sequence[int | str]) -> None:
+    def update(self, preds: Sequence[str], target: Sequence[int | str], ids: Sequence[int] | None = None) -> None:
         """Count a batch of replies.
 
         Args:
             preds: the judge's replies.
             target: number or type of each question.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
+                None counts everything.
         """
-        self.counts += mmhal_counts(preds, target).sum(0).to(self.counts.device)
+        self._count(mmhal_counts(preds, target), ids)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores of all replies so far."""
-        return _mmhal_compute(self.counts)
-
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one result or several.
-
-        Args:
-            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        return self._plot(val, ax)
+    def _finish(self, counts: Tensor) -> dict[str, Tensor]:
+        return _mmhal_compute(counts)

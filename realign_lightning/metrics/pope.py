@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from realign_lightning.metrics.counted import CountedMetric
 from realign_lightning.metrics.functional.pope import (
     COUNTS,
     PopeParser,
@@ -22,7 +21,7 @@ from realign_lightning.metrics.functional.pope import (
 )
 
 
-class POPE(Metric):
+class POPE(CountedMetric):
     """Polling-based object probing (Li et al. 2023, arXiv 2305.10355): does a model say yes to absent objects?
 
     ``update`` and ``forward`` take ``preds``, the answers as generated, and ``target``, the right answers "yes" or
@@ -63,25 +62,23 @@ class POPE(Metric):
     [80.0, 100.0, 66.7]
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound: float = 0.0
-    plot_upper_bound: float = 1.0
-
-    counts: Tensor
 
     def __init__(self, parser: PopeParser = "official", categories: Sequence[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_parser(parser)
         if categories is not None:
             check_category_names(categories)
+        super().__init__(max(len(categories or ()), 1) * len(COUNTS), **kwargs)
         self.parser: PopeParser = parser
         self.categories = tuple(categories or ())
-        zeros = torch.zeros(max(len(self.categories), 1), len(COUNTS), dtype=torch.long)
-        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
 
-    def update(self, preds: Sequence[str], target: Sequence[str], categories: Sequence[str] | None = None) -> None:
+    def update(
+        self,
+        preds: Sequence[str],
+        target: Sequence[str],
+        categories: Sequence[str] | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> None:
         """Count a batch of answers.
 
         Args:
@@ -89,9 +86,12 @@ class POPE(Metric):
             target: the right answers, "yes" or "no".
             categories: the category of each answer, or several joined by commas, for each of which the answer counts,
                 as in VLMEvalKit. To be given if and only if the metric was made with names of categories.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
+                None counts everything.
         """
         counts = pope_counts(preds, target, self.parser)
-        self.counts += (self._memberships(categories, len(preds)).T @ counts).to(self.counts.device)
+        memberships = self._memberships(categories, len(preds))
+        self._count((memberships[:, :, None] * counts[:, None, :]).flatten(1), ids)
 
     def _memberships(self, categories: Sequence[str] | None, rows: int) -> Tensor:
         """How often each row counts for each row of the state."""
@@ -106,31 +106,13 @@ class POPE(Metric):
             )
         return category_memberships(categories, self.categories, rows)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores of all answers so far, and of each category."""
+    def _finish(self, counts: Tensor) -> dict[str, Tensor]:
         if self.categories:
-            return _pope_compute_by_category(self.counts, self.parser, self.categories)
-        return _pope_compute(self.counts[0], self.parser)
+            by_category = counts.reshape(len(self.categories), len(COUNTS))
+            return _pope_compute_by_category(by_category, self.parser, self.categories)
+        return _pope_compute(counts, self.parser)
 
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot the shares of one result or several; ``overall``, which is a percentage, is left out.
-
-        Args:
-            val: what ``forward`` or ``compute`` returned, or a list of that; None plots ``compute()``.
-            ax: a matplotlib axis to draw on.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        val = self.compute() if val is None else val
-        shares = _without_overall(val) if isinstance(val, dict) else [_without_overall(result) for result in val]
-        return self._plot(shares, ax)
-
-
-def _without_overall(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in result.items() if name.rpartition("/")[2] != "overall"}
+    @staticmethod
+    def _drawn_names(names: Iterable[str]) -> list[str]:
+        """All but ``overall``, which is a percentage."""
+        return [name for name in names if name.rpartition("/")[2] != "overall"]

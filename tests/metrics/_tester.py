@@ -27,6 +27,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
 class MetricTester:
     """Subclasses give the metric, its data and an independent reference."""
 
+    takes_ids = True
+    """Whether ``update`` takes numbers of examples; HallusionBench knows its questions by themselves."""
+
     def make_metric(self) -> Metric:
         raise NotImplementedError
 
@@ -74,7 +77,7 @@ class MetricTester:
         metric = self.filled().half()
         assert metric.state_dict() == {}
         for state in metric.metric_state.values():
-            assert state.dtype == torch.long
+            assert all(part.dtype == torch.long for part in (state if isinstance(state, list) else [state]))
         assert_scores(metric.compute(), self.reference(*joined(self.batches())))
 
     def test_nothing_seen_is_zero(self) -> None:
@@ -87,6 +90,42 @@ class MetricTester:
         preds, target = self.batches()[0]
         with pytest.raises(ValueError, match="same length"):
             metric.update(preds, target[:-1])
+        assert_scores(metric.compute(), self.reference(*joined(self.batches())))
+
+    def test_examples_that_a_sampler_pads_in_count_once(self) -> None:
+        """The last batch goes round to the first examples, as DistributedSampler pads."""
+        if not self.takes_ids:
+            return
+        metric, start = self.make_metric(), 0
+        for preds, target in self.batches():
+            metric.update(preds, target, ids=list(range(start, start + len(preds))))
+            start += len(preds)
+        preds, target = joined(self.batches())
+        metric.update(preds[:3], target[:3], ids=[0, 1, 2])
+        assert_scores(metric.compute(), self.reference(*joined(self.batches())))
+
+    def test_one_example_with_two_results_counts_once_in_any_order(self) -> None:
+        if not self.takes_ids:
+            return
+        preds, target = joined(self.batches())
+        scores = []
+        for order in (1, -1):
+            metric = self.make_metric()
+            for index in range(len(preds))[::order]:
+                metric.update([preds[index]], [target[index]], ids=[7])
+            with pytest.warns(UserWarning, match="example 7 with different results"):
+                scores.append(metric.compute())
+        assert scores[0] == scores[1]
+
+    @pytest.mark.parametrize("ids", [[1], "12", [0.5], [True], 3])
+    def test_wrong_ids_are_refused(self, ids: Any) -> None:
+        if not self.takes_ids:
+            return
+        metric = self.filled()
+        preds, target = joined(self.batches())
+        size = 1 if ids in ([0.5], [True]) else 2
+        with pytest.raises(ValueError, match="Expected `ids`"):
+            metric.update(preds[:size], target[:size], ids=ids)
         assert_scores(metric.compute(), self.reference(*joined(self.batches())))
 
     def test_class_attributes(self) -> None:

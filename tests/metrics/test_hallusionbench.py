@@ -56,6 +56,8 @@ class TestHallusionBench(MetricTester):
     * second batch: math figure 1: w c; chart figure 2: u, which is wrong; math figure 0, question 0 again: c.
     """
 
+    takes_ids = False
+
     def make_metric(self) -> HallusionBench:
         return HallusionBench(variant="official", parser="vlmevalkit")
 

@@ -11,7 +11,7 @@ from tests.metrics._tester import assert_scores, joined
 
 
 def test_two_processes_give_the_value_of_one(tmp_path: Path) -> None:
-    """One start of two processes for all metrics, since starting them is what takes time."""
+    """With a padded sampler. One start of two processes for all metrics, since starting them is what takes time."""
     testers = [
         test_pope.TestPOPE(),
         test_pope.TestLmmsEval(),
@@ -21,7 +21,7 @@ def test_two_processes_give_the_value_of_one(tmp_path: Path) -> None:
         test_hallusionbench.TestHallusionBench(),
         test_mmhal.TestMMHal(),
     ]
-    cases = [(tester.make_metric(), tester.batches()) for tester in testers]
+    cases = [(tester.make_metric(), tester.batches(), tester.takes_ids) for tester in testers]
     mp.spawn(score_on_rank, (cases, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         for tester, scores in zip(testers, torch.load(tmp_path / f"scores{rank}.pt"), strict=True):
