@@ -140,15 +140,20 @@ class MarkedBenchmark(Benchmark):
         """
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
-        """Scores of the answers to all questions.
+        """The headline's scores of the answers to all questions, as they are shown: shares in percent.
 
         Args:
             answers: one per question, in order.
+
+        Returns:
+            Scores by the benchmark's name and their title.
         """
-        return self.score_marks(self.mark(self.questions(), answers))
+        scores = self.score_marks(self.mark(self.questions(), answers))
+        shown = [score for score in self.headline if score.name in scores]
+        return {f"{self.name} {score.title}": scores[score.name] * score.scale for score in shown}
 
     def score_marks(self, marks: Sequence[Mark]) -> dict[str, float]:
-        """Scores of marked answers.
+        """All scores of marked answers, as they are computed: shares between 0 and 1.
 
         Args:
             marks: at least one.

@@ -26,6 +26,10 @@ from tests.evaluation.official import (
 )
 
 
+def scores_of(benchmark, answers: list[str]) -> dict[str, float]:
+    return benchmark.score_marks(benchmark.mark(benchmark.questions(), answers))
+
+
 def answered(benchmark, answers: dict[str, str]) -> list[str]:
     """Answers by a part of the question's key or prompt."""
     return [
@@ -41,6 +45,14 @@ def test_every_headline_names_scores_that_exist():
         scores = kind.compute(torch.ones(5, width[name], dtype=torch.long), settings)
         assert {score.name for score in kind.headline} <= scores.keys(), name
         assert all(value.shape == (5,) for value in scores.values()), name
+
+
+def test_scores_are_shown_in_percent_under_names_of_their_own(tmp_path):
+    """For the table of the Evaluation callback, in which several benchmarks stand."""
+    shown = PopeBenchmark(write_pope(tmp_path), kinds=["random"]).score(["yes", "no", "yes", "yes"])
+    assert shown["pope accuracy"] == shown["pope random: accuracy"] == 75.0
+    benchmark = ChairBenchmark(write_coco(tmp_path / "coco"), size=3)
+    assert benchmark.score(["A dog and a cat.", "A street.", "A cat."])["chair words per caption"] == pytest.approx(4)
 
 
 class TestPope:
@@ -61,7 +73,7 @@ class TestPope:
         """Random: all yes, accuracy 2/4. Popular: all no, 2/4. Adversarial: yes to dog alone: 3/4, precision 1."""
         benchmark = PopeBenchmark(write_pope(tmp_path))
         answers = answered(benchmark, {"random": "Yes", "popular": "No", "dog": "Yes", "adversarial": "No."})
-        scores = benchmark.score(answers)
+        scores = scores_of(benchmark, answers)
         assert scores["random/accuracy"] == scores["popular/accuracy"] == 0.5
         assert (scores["adversarial/accuracy"], scores["adversarial/precision"]) == (0.75, 1.0)
         assert scores["accuracy"] == pytest.approx(7 / 12)
@@ -82,7 +94,7 @@ class TestPope:
     def test_only_the_kinds_that_are_there(self, tmp_path):
         benchmark = PopeBenchmark(write_pope(tmp_path, ["popular"]))
         assert len(benchmark.questions()) == 4
-        assert "random/accuracy" not in benchmark.score(["yes"] * 4)
+        assert "random/accuracy" not in scores_of(benchmark, ["yes"] * 4)
         with pytest.raises(FileNotFoundError, match=r"no file \*random\*\.json"):
             PopeBenchmark(tmp_path, kinds=["random"]).questions()
 
@@ -125,7 +137,7 @@ class TestChair:
     def test_scores_by_hand(self, tmp_path):
         """Caption 1 names dog and cat, 2 nothing, 3 a cat: CHAIRs 1/3, CHAIRi 1/3, recall 2 of 4 objects."""
         benchmark = ChairBenchmark(write_coco(tmp_path), size=3)
-        scores = benchmark.score(["A dog and a cat.", "A street.", "A cat."])
+        scores = scores_of(benchmark, ["A dog and a cat.", "A street.", "A cat."])
         assert scores["chair_s"] == scores["chair_i"] == pytest.approx(1 / 3)
         assert scores["recall"] == 0.5
         (mark, *_) = benchmark.mark(benchmark.questions(), ["A dog and a cat.", "A street.", "A cat."])
@@ -193,7 +205,7 @@ class TestAmber:
 
         To within the reference's 0.001 in every denominator.
         """
-        scores = benchmark.score(["a puppy and a cat", "Yes", "No"])
+        scores = scores_of(benchmark, ["a puppy and a cat", "Yes", "No"])
         for name, value in {"chair": 0.5, "cover": 0.5, "hal": 1, "cog": 1, "accuracy": 1, "f1": 1}.items():
             assert scores[name] == pytest.approx(value, abs=2e-3), name
         marks = benchmark.mark(benchmark.questions(), ["a puppy and a cat", "Yes", "yes"])
@@ -210,7 +222,7 @@ class TestAmber:
 
     def test_one_part_alone_gives_its_scores_alone(self, tmp_path):
         benchmark = AmberBenchmark(write_amber(tmp_path), part="discriminative", similarity="exact")
-        scores = benchmark.score(["Yes", "No"])
+        scores = scores_of(benchmark, ["Yes", "No"])
         assert "f1" in scores
         assert not {"chair", "amber"} & scores.keys()
 
@@ -242,7 +254,7 @@ class TestHallusionBench:
         """Right, wrong, unclear (counts as right without a figure), right: aAcc 3/4, one of two pairs."""
         folder = write_hallusionbench(tmp_path)
         benchmark = HallusionBenchmark(folder / "HallusionBench.json")
-        scores = benchmark.score(["Yes.", "Yes.", "Who knows?", "Yes."])
+        scores = scores_of(benchmark, ["Yes.", "Yes.", "Who knows?", "Yes."])
         assert (scores["a_acc"], scores["q_acc"]) == (0.75, 0.5)
         marks = benchmark.mark(benchmark.questions(), ["Yes.", "Yes.", "Who knows?", "Yes."])
         assert [mark.correct for mark in marks] == [True, False, True, True]
@@ -251,7 +263,7 @@ class TestHallusionBench:
         folder = write_hallusionbench(tmp_path)
         judge = Judge(Parrot({"two": "incorrect", "three": "unclear", "": "correct"}), str(tmp_path / "cache"))
         benchmark = HallusionBenchmark(folder / "HallusionBench.json", judge=judge)
-        scores = benchmark.score(["one", "two", "three", "four"])
+        scores = scores_of(benchmark, ["one", "two", "three", "four"])
         assert scores["a_acc"] == 0.75
         assert benchmark.settings["parser"] == "judge"
         with pytest.raises(ValueError, match="Expected no `judge` with variant='vlmevalkit'"):
@@ -263,9 +275,9 @@ class TestHallusionBench:
         parrot = Parrot({"both be true": "same", "two": "incorrect", "": "correct"})
         judge = Judge(parrot, str(tmp_path / "cache"))
         file = folder / "HallusionBench.json"
-        plain = HallusionBenchmark(file, judge=judge).score(["one", "two", "three", "four"])
+        plain = scores_of(HallusionBenchmark(file, judge=judge), ["one", "two", "three", "four"])
         asked = judge.cost.asked
-        scores = HallusionBenchmark(file, judge=judge, diagnose=True).score(["one", "two", "three", "four"])
+        scores = scores_of(HallusionBenchmark(file, judge=judge, diagnose=True), ["one", "two", "three", "four"])
         assert judge.cost.asked == asked + 4
         assert plain["a_acc"] == scores["a_acc"] == 0.75
         assert scores["undiagnosed"] == 0
@@ -280,17 +292,19 @@ class TestHallusionBench:
         benchmark = HallusionBenchmark(
             folder / "HallusionBench.json", judge=judge, judge_template=tmp_path / "prompt.txt"
         )
-        benchmark.score(["one", "two", "three", "four"])
+        scores_of(benchmark, ["one", "two", "three", "four"])
         assert engine.batches[0][0].prompt == "Q Is it so in VD? R It is. A one"
         assert len(benchmark.settings["template"]) == 16
         (tmp_path / "prompt.txt").write_text("Q {} A {}")
         with pytest.raises(ValueError, match=r"3 times \(question, reference, answer\), got 2 times"):
-            benchmark.score(["one", "two", "three", "four"])
+            scores_of(benchmark, ["one", "two", "three", "four"])
 
     def test_a_judge_that_talks_nonsense_or_fails_is_counted(self, tmp_path):
         folder = write_hallusionbench(tmp_path)
         judge = Judge(Parrot({"two": "ERROR", "": "bananas"}), str(tmp_path / "cache"))
-        scores = HallusionBenchmark(folder / "HallusionBench.json", judge=judge).score(["one", "two", "three", "four"])
+        scores = scores_of(
+            HallusionBenchmark(folder / "HallusionBench.json", judge=judge), ["one", "two", "three", "four"]
+        )
         assert scores["unparsed"] == 1.0
         assert judge.cost.failed == 1
 
@@ -310,7 +324,7 @@ class TestMMHal:
         replies = {"number 0": "Rating: 6", "number 1": "Rating: 1", "number 2": "bananas", "": "Rating: 4"}
         judge = Judge(Parrot(replies), str(tmp_path / "cache"))
         benchmark = MMHalBenchmark(folder / "response_template.json", judge)
-        scores = benchmark.score(["a dog"] * 9)
+        scores = scores_of(benchmark, ["a dog"] * 9)
         assert scores["average_score"] == pytest.approx(31 / 9)
         assert scores["hallucination_rate"] == pytest.approx(2 / 9)
         assert scores["unparsed"] == pytest.approx(1 / 9)

@@ -120,9 +120,7 @@ KINDS = ("random", "popular", "adversarial")
 class PairedPOPE(POPE):
     """POPE for a tester that hands over two lists: the second holds label and category."""
 
-    def update(
-        self, preds: Sequence[str], target: Sequence[tuple[str, str]], ids: Sequence[int] | None = None
-    ) -> None:
+    def update(self, preds: Sequence[str], target: Sequence[tuple[str, str]], ids: Sequence[int] | None = None) -> None:
         super().update(preds, [label for label, _ in target], [category for _, category in target], ids)
 
 

@@ -101,6 +101,10 @@ class ChairBenchmark(MarkedBenchmark):
             ValueError: naming what is wrong with which file; for wanted images that are not annotated; for fewer
                 annotated images than ``size``.
         """
+        return self._questions
+
+    @cached_property
+    def _questions(self) -> list[Question]:
         names = self._file_names()
         wanted = self._listed() if self.image_ids is not None else self._drawn(sorted(names))
         if unknown := [image for image in wanted if image not in names]:
