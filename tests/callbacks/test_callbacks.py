@@ -22,10 +22,12 @@ from realign_lightning.callbacks import (
     format_table,
 )
 from realign_lightning.data import DualPreferenceDataModule, ShardWriter
+from realign_lightning.evaluation import PopeBenchmark
 from realign_lightning.losses import SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.callbacks.helpers import Lengths
 from tests.conftest import preference_samples
+from tests.evaluation.official import write_pope
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,17 @@ def test_evaluation_compares_base_controls_and_policy(backbone, shards, tmp_path
     printed = capsys.readouterr().out
     assert (Path(trainer.log_dir) / "evaluation.md").read_text().strip() in printed
     assert trainer.log_dir in printed
+
+
+def test_evaluation_reads_benchmarks_of_official_files(backbone, shards, tmp_path):
+    benchmark = PopeBenchmark(write_pope(tmp_path / "pope"), tmp_path / "pope" / "images", max_new_tokens=4)
+    trainer, _ = run(backbone, shards, [Evaluation([benchmark])], CSVLogger(tmp_path), max_epochs=1)
+    saved = json.loads((Path(trainer.log_dir) / "evaluation.json").read_text())
+    assert set(saved) == {"base", "rDPO"}
+    assert saved["base"]["pope accuracy"] in [100 * right / 12 for right in range(13)]
+    (tmp_path / "pope" / "images" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        run(backbone, shards, [Evaluation([benchmark])], CSVLogger(tmp_path), max_epochs=1)
 
 
 @pytest.mark.parametrize("limit", [1.0, 1])
