@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -97,3 +97,27 @@ def merge(values: dict[str, Item]) -> dict[str, Item]:
     {'a': 1}
     """
     return {name: value for part in gather(values) for name, value in part.items()}
+
+
+def on_first_rank(work: Callable[[], Item]) -> Item:
+    """What the first rank's work gave, on all ranks; its error is raised on all of them.
+
+    Args:
+        work: called on the first rank only, as if it were alone; the result can be pickled.
+
+    >>> on_first_rank(lambda: 7)
+    7
+    """
+    result: Any = None
+    error: Exception | None = None
+    if rank_and_world_size()[0] == 0:
+        with alone():
+            try:
+                result = work()
+            # The others must hear of it, or they would wait for ever.
+            except Exception as raised:
+                error = raised
+    first, told = gather((result, error))[0]
+    if told is not None:
+        raise told if error is None else error
+    return cast("Item", first)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "engines": {"types", "backbones", "data.shards", "journal", "ranks"},
     "preferences": {"types", "data", "backbones", "metrics", "engines", "journal", "ranks"},
     "modules": {"types", "losses", "metrics", "backbones", "scoring", "journal", "ranks"},
-    "callbacks": {"types", "metrics", "evaluation.base", "evaluation.images"},
+    "callbacks": {"types", "metrics", "evaluation.base", "evaluation.images", "ranks"},
     "evaluation": {"types", "metrics", "backbones", "data", "engines", "export", "inspection", "journal", "ranks"},
     "demos": {
         "types",

@@ -745,12 +745,20 @@ class AutoBackbone(Backbone):
     def _shown(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the model's forward takes for the images of :meth:`encode_prompts`, each encoded once."""
         if inputs.keys() <= {*_TOKEN_INPUTS}:
+            if hasattr(self._inner(model), "run_gathered"):
+                self._keep_up(model)
             return {}
         if _IMAGES_OF_ROWS in inputs:
             features = self.encode_images(model, inputs)
             return cast("RowFeatures", self.select_images(features, inputs[_IMAGES_OF_ROWS].tolist())).forward_inputs()
         num_tokens = int((inputs["input_ids"] == self.image_token_id).sum())
         return RowFeatures.whole(self._vision(model, inputs), inputs, num_tokens).forward_inputs()
+
+    def _keep_up(self, model: nn.Module) -> None:
+        """Encode a blank image: ranks that hold shards of one model gather the weights of its tower together."""
+        device = next(model.parameters()).device
+        blank = self._encode_prompt(self._render_prompt("?"), [Image.new("RGB", (64, 64))])[1]
+        self._vision(model, {name: value.to(device) for name, value in blank.items()})
 
     def _cut(self, tokens: Sequence[int]) -> GeneratedRow:
         end = next((place for place, token in enumerate(tokens) if token in self.end_token_ids), None)

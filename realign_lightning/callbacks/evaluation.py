@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from realign_lightning.callbacks.samples import shares_one_model
-from realign_lightning.evaluation.base import Benchmark, Question
+from realign_lightning.evaluation.base import Benchmark
 from realign_lightning.evaluation.images import load_image
+from realign_lightning.ranks import on_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,9 @@ class Evaluation(pl.Callback):
                 "Evaluation asks the reference before training, and with reference='cached' and without an adapter it "
                 "is no model in memory: set reference='frozen_copy', or remove the callback."
             )
+        if stage == "fit":
+            for benchmark in self.benchmarks:
+                self._prepare(benchmark)
         if stage != "fit" or not self.controls:
             return
         if trainer.world_size > 1:
@@ -85,6 +89,17 @@ class Evaluation(pl.Callback):
             )
         if not callable(getattr(pl_module, "clone", None)):
             raise ValueError(f"Controls need a module with `clone(loss=...)`, got {type(pl_module).__name__}.")
+
+    def _prepare(self, benchmark: Benchmark) -> None:
+        """Let a benchmark say what it lacks before anything is trained."""
+        benchmark.prepare(self._folder / "evaluation")
+        blind = next((one for one in benchmark.questions() if one.image is None), None)
+        if blind is not None:
+            raise ValueError(
+                f"{type(benchmark).__name__} asks without an image ({blind.key or blind.prompt!r}), which is not done "
+                "while training: leave such questions out (HallusionBenchmark: `ask: image`), or use "
+                "`realign-lightning test` afterwards."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the reference."""
@@ -110,7 +125,7 @@ class Evaluation(pl.Callback):
         scores: dict[str, float] = {}
         for benchmark in self.benchmarks:
             answers = self._answers(trainer, pl_module, benchmark, arm, reference)
-            found = benchmark.score(answers)
+            found = on_first_rank(partial(benchmark.score, answers))
             repeated = scores.keys() & found.keys()
             if repeated:
                 raise ValueError(f"Two benchmarks give a score the same name: {sorted(repeated)}.")
@@ -136,7 +151,7 @@ class Evaluation(pl.Callback):
             rows = mine[start : start + self.batch_size] or order[:1]
             texts = pl_module.generate(
                 [questions[row].prompt for row in rows],
-                [_picture(questions[row]) for row in rows],
+                [load_image(shown) for row in rows if (shown := questions[row].image) is not None],
                 reference=reference,
                 max_new_tokens=benchmark.max_new_tokens,
             )
@@ -194,12 +209,6 @@ class Evaluation(pl.Callback):
         table = format_table(results)
         (folder / "evaluation.md").write_text(table + "\n")
         tqdm.write(f"\n{table}\n\nEverything of this run lies in {folder}")
-
-
-def _picture(question: Question) -> Image.Image:
-    if question.image is None:
-        raise ValueError(f"Expected an image with every question, but {question.key or question.prompt!r} has none.")
-    return load_image(question.image)
 
 
 def _determinism() -> bool | Literal["warn"]:

@@ -23,7 +23,7 @@ class LocalEngine(Engine):
     the same image object share its encoding.
 
     Args:
-        backbone: the model; None is the policy that the pairs are built for.
+        backbone: the model; None is the policy that :meth:`use` gives, for example the one that pairs are built for.
         batch_size: questions per call of the model's ``generate``.
         max_new_tokens: longest answer.
         sample: draw from the model's distribution instead of taking its best guess.

@@ -1,4 +1,4 @@
-"""Finished work of a build by what it depends on, so that nothing is paid for twice."""
+"""Finished work by what it depends on, so that nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Memo:
     :meth:`refresh`.
 
     Args:
-        root: folder of all results of a build.
+        root: folder of all results.
         stage: for example ``answers``.
         identity: all that results depend on beside their keys, in plain JSON values: under another identity nothing is
             found.

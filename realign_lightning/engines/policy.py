@@ -1,4 +1,4 @@
-"""The policy whose hallucinations pairs are made of, shared by all stages of a build."""
+"""A model that answers, shared by all who ask it."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class PolicyWorker(pl.LightningModule):
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the build where it is; Lightning would let it come to its end first."""
+    """SIGTERM ends the work where it is; Lightning would let it come to its end first."""
 
     def stop(number: int, _: Any) -> None:
         raise SystemExit(128 + number)

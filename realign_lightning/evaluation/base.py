@@ -25,6 +25,7 @@ class Question(NamedTuple):
         target: what answers are marked against, in plain JSON values.
         group: questions that are not independent of each other, such as all about one image, share it; empty is the
             question alone.
+        text: what is asked, without instructions on the form of the answer; empty is the text of the prompt.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class Question(NamedTuple):
     key: str = ""
     target: Any = None
     group: str = ""
+    text: str = ""
 
 
 class Mark(NamedTuple):
@@ -58,6 +60,13 @@ class Benchmark(ABC):
     """
 
     max_new_tokens: int = 64
+
+    def prepare(self, folder: Path) -> None:  # noqa: B027 - most benchmarks have nothing to prepare
+        """Make ready what marking needs, so that what is missing shows before anything is asked.
+
+        Args:
+            folder: for work that must not be paid twice, such as a judge's replies.
+        """
 
     @abstractmethod
     def questions(self) -> Sequence[Question]:
@@ -97,7 +106,8 @@ class MarkedBenchmark(Benchmark):
     Attributes:
         name: of the benchmark on the command line.
         headline: the scores that tables and comparisons show, the most important first.
-        marks_groups: whether an answer's counts depend on the other answers of its group.
+        marks_groups: whether an answer's counts depend on the other answers of its group. Where one of them is missing,
+            the whole group is left out.
     """
 
     name: ClassVar[str]
@@ -115,8 +125,8 @@ class MarkedBenchmark(Benchmark):
         """What marks and scores depend on beside questions and answers, in plain JSON values: parser, lexicon."""
 
     @abstractmethod
-    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark]:
-        """One mark per answer.
+    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> Sequence[Mark | None]:
+        """One mark per answer; None where a judge was silent.
 
         Args:
             questions: of this benchmark, or with targets in its form.
@@ -148,7 +158,8 @@ class MarkedBenchmark(Benchmark):
         Returns:
             Scores by the benchmark's name and their title.
         """
-        scores = self.score_marks(self.mark(self.questions(), answers))
+        marks = [mark for mark in self.mark(self.questions(), answers) if mark is not None]
+        scores = self.score_marks(marks)
         shown = [score for score in self.headline if score.name in scores]
         return {f"{self.name} {score.title}": scores[score.name] * score.scale for score in shown}
 
@@ -177,7 +188,7 @@ class Answered:
         correct: of the mark.
         badness: of the mark.
         notes: of the mark.
-        error: why there is no answer.
+        error: why it does not count in the scores: no answer, or no verdict.
     """
 
     key: str

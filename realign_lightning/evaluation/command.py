@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from realign_lightning.evaluation.base import MarkedBenchmark
 from realign_lightning.evaluation.benchmarks import BENCHMARKS
 from realign_lightning.evaluation.report import as_table
 from realign_lightning.evaluation.run_folder import Evaluated
-from realign_lightning.evaluation.running import evaluate
+from realign_lightning.evaluation.running import WORK, evaluate
 from realign_lightning.export import checkpoint_backbone, load_policy
 
 WITH_GAPS = 3
-"""Exit status when there are scores, but not every question was answered."""
+"""Exit status when there are scores, but some questions do not count in them."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -38,37 +39,64 @@ def main(args: Sequence[str]) -> None:
         args: a recipe with overrides.
 
     Raises:
-        SystemExit: with status 3 if some questions have no answer, 2 for wrong options.
+        SystemExit: with status 3 if some questions do not count, 2 for wrong options.
         ValueError: for settings that do not go together, and as :func:`evaluate`.
         OSError: as :func:`evaluate`.
     """
     parser = _parser()
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
     backbone, trained = _model(parts.model.backbone, parts.adapter, parts.ckpt_path)
-    if parts.engine is not None and trained is not None:
-        raise ValueError("Expected no --engine beside --adapter or --ckpt_path: an engine has a model of its own.")
+    if (parts.engine is None) == (backbone is None):
+        raise ValueError(
+            "Expected a model to ask: --model.backbone, --ckpt_path, or --engine, which has a model of its own and "
+            "goes with none of the others."
+        )
 
     def run(policy: Policy | None) -> Evaluated:
         return evaluate(parts.benchmark, _engine(parts, policy), parts.output, parts.overwrite)
 
-    used = backbone if parts.engine is None else None
-    found, is_first = run_on_ranks(run, used, vars(parts.trainer), trained)
+    with saying_what_is_kept(Path(parts.output)):
+        found, is_first = run_on_ranks(run, backbone, vars(parts.trainer), trained)
     if is_first:
         show(found, Path(parts.output))
 
 
+@contextmanager
+def saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Add to an error of the system, such as a full disk, that finished work is not lost.
+
+    Args:
+        folder: of the evaluation.
+
+    Raises:
+        SystemExit: in place of such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What this package refuses says itself what to do.
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(
+            f"error: {place}{error.strerror or error}. What was answered is kept in {folder / WORK}: mend this, and "
+            "give the same command again."
+        ) from error
+
+
 def show(found: Evaluated, folder: Path) -> None:
-    """Print the scores; leave with a status that tells if questions have no answer.
+    """Print the scores; leave with a status that tells if questions do not count.
 
     Args:
         found: scores and answers.
         folder: that they were written to.
 
     Raises:
-        SystemExit: with status 3 if some questions have no answer.
+        SystemExit: with status 3 if some questions do not count.
     """
     sys.stdout.write(f"{as_table(found)}\nEverything lies in {folder}\n")
-    if any(row.answer is None for row in found.answers):
+    if found.left_out:
+        sys.stderr.write(f"{found.left_out} questions do not count: answers.jsonl says why, under `error`.\n")
         raise SystemExit(WITH_GAPS)
 
 
@@ -83,14 +111,29 @@ def name_benchmark(args: Sequence[str]) -> list[str]:
     """
     named = list(args)
     for place, (option, value) in enumerate(itertools.pairwise(args)):
-        if option == "--benchmark" and value in BENCHMARKS:
-            named[place + 1] = f"realign_lightning.evaluation.{BENCHMARKS[value].__name__}"
-    return named
+        if option == "--benchmark":
+            named[place + 1] = _class_path(value)
+    return [_named_by_equals(argument) for argument in named]
+
+
+def _named_by_equals(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return f"{option}={_class_path(value)}" if option == "--benchmark" and equals else argument
+
+
+def _class_path(name: str) -> str:
+    if name in BENCHMARKS:
+        return f"realign_lightning.evaluation.{BENCHMARKS[name].__name__}"
+    if name.isidentifier() and name.islower():
+        raise ValueError(f"Expected `--benchmark` to be one of {', '.join(BENCHMARKS)}, or a class, got {name!r}.")
+    return name
 
 
 def _engine(parts: Any, policy: Policy | None) -> Engine:
     if parts.engine is not None:
         given: Engine = parts.engine
+        if hasattr(given, "max_new_tokens"):
+            given.max_new_tokens = parts.benchmark.max_new_tokens
         return given
     engine = LocalEngine(batch_size=parts.batch_size, max_new_tokens=parts.benchmark.max_new_tokens)
     if policy is not None:
@@ -105,6 +148,8 @@ def _model(
     if adapter and checkpoint:
         raise ValueError("Expected --adapter or --ckpt_path, got both: a checkpoint holds its adapter.")
     if checkpoint:
+        if not Path(checkpoint).exists():
+            raise FileNotFoundError(f"--ckpt_path {checkpoint}: no such checkpoint. Give a file or a folder of shards.")
         return _of_checkpoint(backbone, Path(checkpoint))
     if adapter:
         if backbone is None:
@@ -150,17 +195,26 @@ def _parser() -> LightningArgumentParser:
         description="Ask a model the questions of a benchmark and score the answers. Start with a recipe: "
         "`realign-lightning test --config recipes/eval/pope.yaml --model.backbone configs/backbones/llava15_7b.yaml`. "
         "What was answered is kept: after a kill the same command asks only the rest. Exit status: 0 all went well, 1 "
-        "something stood in the way, 3 some questions have no answer.",
+        "something stood in the way, 3 some questions have no answer or no verdict.",
     )
     parser.add_argument("--config", action="config", help="a recipe in recipes/eval")
     add_benchmark(parser)
+    add_model(parser)
+    return parser
+
+
+def add_model(parser: LightningArgumentParser) -> None:
+    """Options that say who answers, and where.
+
+    Args:
+        parser: to add them to.
+    """
     parser.add_argument("--model.backbone", type=Backbone | None, enable_path=True, help="the model's family")
     parser.add_argument("--adapter", type=str | None, help="folder of a PEFT adapter that was trained on the backbone")
     parser.add_argument("--ckpt_path", type=str | None, help="checkpoint of a training run")
     parser.add_argument("--engine", type=Engine | None, help="who answers, if not a model on this machine")
     parser.add_argument("--batch_size", type=int, default=32, help="questions per call of the model's generate")
     parser.add_lightning_class_args(pl.Trainer, "trainer", required=False)
-    return parser
 
 
 def add_benchmark(parser: LightningArgumentParser) -> None:

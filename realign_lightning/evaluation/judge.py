@@ -69,18 +69,16 @@ class Judge:
         self.prices = prices
         self.cost = JudgeCost()
         self._folder = None if cache is None else Path(cache)
-        self._show_progress = True
 
-    def prepare(self, folder: Path, show_progress: bool = True) -> None:
-        """Say where replies are kept, if the constructor did not.
+    def prepare(self, folder: Path) -> None:
+        """Begin another evaluation: its cost is counted anew.
 
         Args:
-            folder: of an evaluation's finished work.
-            show_progress: whether there is a progress bar.
+            folder: where replies are kept, if the constructor named none.
         """
-        if self._folder is None:
+        if self.cache is None:
             self._folder = folder
-        self._show_progress = show_progress
+        self.cost = JudgeCost()
 
     def ask(self, prompts: Sequence[str]) -> list[str | None]:
         """The judge's replies.
@@ -113,9 +111,7 @@ class Judge:
 
     def _ask_all(self, book: AnswerBook, keys: dict[str, str]) -> None:
         size, prompts = self.engine.batch_size, list(keys)
-        with tqdm(
-            total=len(prompts), desc="judge", unit="answer", disable=not self._show_progress or not prompts
-        ) as bar:
+        with tqdm(total=len(prompts), desc="judge", unit="answer", disable=not prompts) as bar:
             for start in range(0, len(prompts), size):
                 batch = prompts[start : start + size]
                 book.ask({keys[prompt]: partial(Question, prompt) for prompt in batch})

@@ -32,9 +32,8 @@ def _row(score: Score, value: float) -> tuple[str, str]:
 
 
 def _remarks(found: Evaluated) -> list[str]:
-    unanswered = sum(row.answer is None for row in found.answers)
     settings = ", ".join(f"{name} {value}" for name, value in found.settings.items() if isinstance(value, str))
-    lines = [f"{len(found.answers)} questions, {unanswered} without an answer" + (f"; {settings}" if settings else "")]
+    lines = [f"{len(found.answers)} questions, {found.left_out} left out" + (f"; {settings}" if settings else "")]
     if found.judge:
         judge = found.judge
         lines.append(

@@ -38,6 +38,11 @@ class Evaluated:
     model: dict[str, Any] = field(default_factory=dict)
     judge: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def left_out(self) -> int:
+        """Questions that do not count in the scores: without an answer or a verdict."""
+        return sum(row.error is not None for row in self.answers)
+
 
 def write_run(folder: Path, found: Evaluated) -> None:
     """Write ``answers.jsonl`` and ``metrics.json``; each is there as a whole or not at all.
@@ -56,7 +61,8 @@ def write_run(folder: Path, found: Evaluated) -> None:
     temporary.replace(folder / ANSWERS)
     told = {name: value for name, value in asdict(found).items() if name != "answers"}
     unanswered = sum(row.answer is None for row in found.answers)
-    write_json(folder / METRICS, {**told, "questions": len(found.answers), "unanswered": unanswered})
+    counts = {"questions": len(found.answers), "unanswered": unanswered, "left_out": found.left_out}
+    write_json(folder / METRICS, {**told, **counts})
 
 
 def read_run(folder: Path) -> Evaluated:
@@ -72,8 +78,8 @@ def read_run(folder: Path) -> Evaluated:
     for name in (METRICS, ANSWERS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no folder of an evaluation: it has no {name}.")
-    told = _parse(folder / METRICS, 1, (folder / METRICS).read_text(encoding="utf-8"))
-    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
+    told = _parse(folder / METRICS, 1, _text(folder / METRICS))
+    lines = _text(folder / ANSWERS).splitlines()
     answers = [_answered(folder / ANSWERS, number, line) for number, line in enumerate(lines, 1)]
     missing = {"benchmark", "settings", "scores"} - told.keys()
     if missing:
@@ -115,7 +121,7 @@ def find_runs(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} holds no evaluation: neither it nor a folder in it has a {METRICS}.")
     runs: dict[str, Path] = {}
     for path in paths:
-        name = _parse(path / METRICS, 1, (path / METRICS).read_text(encoding="utf-8"))["benchmark"]
+        name = _parse(path / METRICS, 1, _text(path / METRICS))["benchmark"]
         if name in runs:
             raise ValueError(f"{runs[name]} and {path} are both evaluations of {name}: give one of the two folders.")
         runs[name] = path
@@ -137,22 +143,46 @@ def rows_of(answers: Sequence[Answered]) -> dict[str, Answered]:
     return rows
 
 
-def check_run(folder: Path, benchmark: str, model: Mapping[str, Any]) -> None:
-    """Refuse a folder in which another evaluation lies.
+def check_run(folder: Path, benchmark: str, model: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Make sure that a folder can be written to, and holds nothing that must not be replaced.
 
     Args:
-        folder: that is going to be written.
+        folder: that is going to be written; made if needed.
         benchmark: its name.
         model: what tells it from others.
+        overwrite: whether another evaluation may be replaced.
 
     Raises:
-        FileExistsError: if another model or benchmark was evaluated there.
+        FileExistsError: if another model or benchmark was evaluated there, or it holds answers of somebody else.
+        OSError: if it cannot be made.
     """
-    if not (folder / METRICS).is_file():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"Cannot write to `output` {folder}: {error.strerror}. Give another --output.") from error
+    if overwrite:
         return
-    told = _parse(folder / METRICS, 1, (folder / METRICS).read_text(encoding="utf-8"))
-    if told.get("benchmark") != benchmark or told.get("model") != model:
+    if not (folder / METRICS).is_file():
+        if (folder / ANSWERS).exists():
+            raise FileExistsError(
+                f"{folder / ANSWERS} is no evaluation's (there is no {METRICS} beside it) and would be replaced: give "
+                "another --output."
+            )
+        return
+    told = _parse(folder / METRICS, 1, _text(folder / METRICS))
+    found = told.get("model") or {}
+    changed = [name for name in sorted({*found, *model}) if found.get(name) != model.get(name)]
+    if told.get("benchmark") != benchmark:
+        changed = ["benchmark", *changed]
+    if changed:
         raise FileExistsError(
-            f"{folder} holds an evaluation of another model or benchmark ({told.get('benchmark')}): give another "
-            "--output, or --overwrite true."
+            f"{folder} holds an evaluation of another model or benchmark, different in {', '.join(changed)}: give "
+            "another --output, or --overwrite true."
         )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, it is no UTF-8: run the evaluation again.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from realign_lightning.evaluation.answering import Reply, answer_questions
 from realign_lightning.evaluation.base import Answered, Mark, MarkedBenchmark, Question
 from realign_lightning.evaluation.judge import Judge
 from realign_lightning.evaluation.run_folder import Evaluated, check_run, write_run
-from realign_lightning.ranks import alone, gather, rank_and_world_size
+from realign_lightning.ranks import on_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +51,18 @@ def evaluate(
         EngineError: if model or judge answer nothing any more; what was answered is kept.
     """
     folder, model = Path(folder), dict(engine.identity)
-    if rank_and_world_size()[0] == 0 and not overwrite:
-        check_run(folder, benchmark.name, model)
+    on_first_rank(lambda: check_run(folder, benchmark.name, model, overwrite))
+    longest = getattr(engine, "max_new_tokens", benchmark.max_new_tokens)
+    if longest != benchmark.max_new_tokens:
+        log.warning(
+            "Answers may take %d tokens, as the engine says; the benchmark's `max_new_tokens` is %d.",
+            *(longest, benchmark.max_new_tokens),
+        )
+    benchmark.prepare(folder / WORK)
     questions = benchmark.questions()
     replies = answer_questions(questions, engine, folder / WORK, show_progress)
-    return _on_first_rank(lambda: score_replies(benchmark, questions, replies, folder, model, show_progress))
+    settings = {"max_new_tokens": longest, "instruction": getattr(benchmark, "instruction", "")}
+    return on_first_rank(lambda: score_replies(benchmark, questions, replies, folder, model, settings))
 
 
 def score_replies(
@@ -64,73 +71,82 @@ def score_replies(
     replies: Sequence[Reply],
     folder: Path,
     model: Mapping[str, Any],
-    show_progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> Evaluated:
     """Mark answers, and write them with the scores.
 
+    What has no answer, or no verdict of a judge, is left out of the scores, and counted; with benchmarks that mark
+    groups the whole group is.
+
     Args:
-        benchmark: that asked.
+        benchmark: that asked; it is prepared.
         questions: its questions.
-        replies: one per question, in order. Questions without an answer are left out of the scores, and counted.
+        replies: one per question, in order.
         folder: for ``answers.jsonl`` and ``metrics.json``.
         model: what tells it from others, in plain JSON values.
-        show_progress: whether there is a progress bar of the judge.
+        settings: of the asking, beside the benchmark's own, in plain JSON values.
 
     Returns:
         Scores and answers.
 
     Raises:
-        ValueError: if no question was answered, or a target has not the benchmark's form.
+        ValueError: if nothing is left to score, or a target has not the benchmark's form.
         EngineError: if a judge answers nothing any more; what it replied is kept.
     """
-    answered = [index for index, reply in enumerate(replies) if reply.text is not None]
-    if not answered:
-        reasons = Counter(reply.error for reply in replies).most_common(1)
-        raise ValueError(
-            f"None of {len(replies)} questions was answered: {reasons[0][0] if reasons else 'none asked'}."
-        )
-    judge = getattr(benchmark, "judge", None)
-    if isinstance(judge, Judge):
-        judge.prepare(folder / WORK, show_progress)
-    marks = benchmark.mark([questions[index] for index in answered], [str(replies[index].text) for index in answered])
-    by_index = dict(zip(answered, marks, strict=True))
+    errors = {index: reply.error or "no answer" for index, reply in enumerate(replies) if reply.text is None}
+    marks = _marks(benchmark, questions, replies, errors)
+    if not marks:
+        reasons = Counter(errors.values()).most_common(1)
+        reason = reasons[0][0] if reasons else "the benchmark has no questions"
+        raise ValueError(f"None of {len(replies)} questions can be scored: {reason}.")
     rows = [
-        _row(question, reply, by_index.get(index))
+        _row(benchmark, question, reply, marks.get(index), errors.get(index))
         for index, (question, reply) in enumerate(zip(questions, replies, strict=True))
     ]
+    judge = getattr(benchmark, "judge", None)
     told = judge.told() if isinstance(judge, Judge) else {}
-    found = Evaluated(benchmark.name, benchmark.settings, benchmark.score_marks(marks), rows, dict(model), told)
+    scores = benchmark.score_marks(list(marks.values()))
+    used = {**benchmark.settings, **(settings or {})}
+    found = Evaluated(benchmark.name, used, scores, rows, dict(model), told)
     write_run(folder, found)
     _warn(found, replies)
     return found
 
 
-def _on_first_rank(work: Callable[[], Evaluated]) -> Evaluated:
-    """What the first rank found, on all ranks; or its error."""
-    outcome: Evaluated | BaseException | None = None
-    if rank_and_world_size()[0] == 0:
-        with alone():
-            try:
-                outcome = work()
-            # The others must hear of it, or they would wait for ever.
-            except Exception as error:
-                outcome = error
-    first = gather(outcome)[0]
-    if isinstance(first, BaseException):
-        raise outcome if isinstance(outcome, BaseException) else first
-    found: Evaluated = first
-    return found
+def _marks(
+    benchmark: MarkedBenchmark, questions: Sequence[Question], replies: Sequence[Reply], errors: dict[int, str]
+) -> dict[int, Mark]:
+    """Marks by the index of their question; why others have none is added to ``errors``."""
+    while True:
+        if benchmark.marks_groups:
+            _leave_out_groups(questions, errors)
+        left = [index for index in range(len(questions)) if index not in errors]
+        answers = [str(replies[index].text) for index in left]
+        marks = dict(zip(left, benchmark.mark([questions[index] for index in left], answers), strict=True))
+        silent = [index for index, mark in marks.items() if mark is None]
+        errors |= dict.fromkeys(silent, "the judge gave no reply")
+        if not (silent and benchmark.marks_groups):
+            return {index: mark for index, mark in marks.items() if mark is not None}
 
 
-def _row(question: Question, reply: Reply, mark: Mark | None) -> Answered:
+def _leave_out_groups(questions: Sequence[Question], errors: dict[int, str]) -> None:
+    broken = {questions[index].group: questions[index].key for index in errors if questions[index].group}
+    for index, question in enumerate(questions):
+        if index not in errors and question.group in broken:
+            errors[index] = f"left out with its group, since {broken[question.group]} has no answer or verdict"
+
+
+def _row(
+    benchmark: MarkedBenchmark, question: Question, reply: Reply, mark: Mark | None, error: str | None
+) -> Answered:
     row = Answered(
         question.key,
-        text_of(question.prompt),
+        question.text or text_of(question.prompt),
         reply.text,
         question.group,
-        question.image.name if isinstance(question.image, Path) else "",
+        _image_name(question, getattr(benchmark, "images", None)),
         question.target,
-        error=reply.error,
+        error=error,
     )
     if mark is not None:
         row.counts, row.correct, row.badness = list(mark.counts), mark.correct, mark.badness
@@ -138,13 +154,24 @@ def _row(question: Question, reply: Reply, mark: Mark | None) -> Answered:
     return row
 
 
+def _image_name(question: Question, folder: Path | None) -> str:
+    """Path of the image within the benchmark's folder of images."""
+    path = question.image
+    if not isinstance(path, Path):
+        return ""
+    return path.relative_to(folder).as_posix() if folder is not None and path.is_relative_to(folder) else path.name
+
+
 def _warn(found: Evaluated, replies: Sequence[Reply]) -> None:
-    missing = [row for row in found.answers if row.answer is None]
+    missing = [row for row in found.answers if row.error is not None]
     if missing:
         log.warning(
-            "%d of %d questions have no answer and are left out of the scores, the first is %s: %s",
+            "%d of %d questions are left out of the scores, the first is %s: %s",
             *(len(missing), len(found.answers), missing[0].key, missing[0].error),
         )
+    empty = sum(not reply.text.strip() for reply in replies if reply.text is not None)
+    if empty:
+        log.warning("%d of %d answers are empty: they are scored as they stand.", empty, len(replies))
     cut = sum(not reply.finished for reply in replies if reply.text is not None)
     if cut:
         log.warning("%d answers were cut at the longest length: raise `benchmark.max_new_tokens` if they matter.", cut)

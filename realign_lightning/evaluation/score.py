@@ -11,9 +11,9 @@ from realign_lightning.data.shards import file_sha256
 from realign_lightning.evaluation.answer_files import match, questions_from, read_answers
 from realign_lightning.evaluation.answering import Reply
 from realign_lightning.evaluation.base import MarkedBenchmark
-from realign_lightning.evaluation.command import add_benchmark, name_benchmark, show
-from realign_lightning.evaluation.run_folder import Evaluated, check_run
-from realign_lightning.evaluation.running import score_replies
+from realign_lightning.evaluation.command import add_benchmark, add_model, name_benchmark, saying_what_is_kept, show
+from realign_lightning.evaluation.run_folder import ANSWERS, Evaluated, check_run
+from realign_lightning.evaluation.running import WORK, score_replies
 
 
 def score_file(
@@ -22,7 +22,6 @@ def score_file(
     folder: str | Path,
     form: str | None = None,
     overwrite: bool = False,
-    show_progress: bool = True,
 ) -> Evaluated:
     """Score a file of answers, and write what :func:`~realign_lightning.evaluation.evaluate` writes.
 
@@ -32,7 +31,6 @@ def score_file(
         folder: for ``answers.jsonl`` and ``metrics.json``.
         form: what wrote the file; None recognises it.
         overwrite: replace what another file or benchmark left there.
-        show_progress: whether there is a progress bar of a judge.
 
     Returns:
         Scores and answers.
@@ -43,14 +41,18 @@ def score_file(
         ValueError: for files with something else in them, answers that belong to no question, and if there are none.
     """
     path = Path(answers)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected `answers` to be a file of answers, got {path}, which does not exist.")
+    if path.resolve() == (Path(folder) / ANSWERS).resolve():
+        raise FileExistsError(f"{path} would be replaced by its own scores: give another --output.")
     found = read_answers(path, form)
     model = {"answers": path.name, "sha256": file_sha256(path)}
-    if not overwrite:
-        check_run(Path(folder), benchmark.name, model)
+    check_run(Path(folder), benchmark.name, model, overwrite)
     questions = benchmark.questions() if benchmark.has_files else questions_from(found, benchmark.name)
     texts = match(questions, found)
+    benchmark.prepare(Path(folder) / WORK)
     replies = [Reply(text) if text is not None else Reply(None, False, f"not in {path.name}") for text in texts]
-    return score_replies(benchmark, questions, replies, Path(folder), model, show_progress)
+    return score_replies(benchmark, questions, replies, Path(folder), model)
 
 
 def main(args: Sequence[str]) -> None:
@@ -66,7 +68,8 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _parser()
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
-    found = score_file(parts.benchmark, parts.answers, parts.output, parts.form, parts.overwrite)
+    with saying_what_is_kept(Path(parts.output)):
+        found = score_file(parts.benchmark, parts.answers, parts.output, parts.form, parts.overwrite)
     show(found, Path(parts.output))
 
 
@@ -75,11 +78,13 @@ def _parser() -> LightningArgumentParser:
         prog="realign-lightning score",
         description="Score answers that were made elsewhere: `realign-lightning score --benchmark pope --answers "
         "MODEL_POPE.xlsx --output runs/model`. Read are our own answers.jsonl, the benchmarks' official forms, and the "
-        "files of VLMEvalKit and lmms-eval. Exit status: 0 all went well, 1 something stood in the way, 3 some "
-        "questions have no answer.",
+        "files of VLMEvalKit and lmms-eval. A recipe of `test` can be given, too; who answers is then left aside. Exit "
+        "status: 0 all went well, 1 something stood in the way, 3 some questions have no answer or no verdict.",
     )
     parser.add_argument("--config", action="config", help="a file with these options")
     add_benchmark(parser)
+    # Not used: recipes of `test` have them.
+    add_model(parser)
     parser.add_argument("--answers", type=str, required=True, help="file of answers")
     parser.add_argument("--form", type=str | None, help="what wrote the file, if it cannot be told from its content")
     return parser

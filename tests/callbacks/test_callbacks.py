@@ -22,12 +22,12 @@ from realign_lightning.callbacks import (
     format_table,
 )
 from realign_lightning.data import DualPreferenceDataModule, ShardWriter
-from realign_lightning.evaluation import PopeBenchmark
+from realign_lightning.evaluation import HallusionBenchmark, PopeBenchmark
 from realign_lightning.losses import SFTLoss
 from realign_lightning.modules import RDPOModule
 from tests.callbacks.helpers import Lengths
 from tests.conftest import preference_samples
-from tests.evaluation.official import write_pope
+from tests.evaluation.official import write_hallusionbench, write_pope
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,10 @@ def test_evaluation_reads_benchmarks_of_official_files(backbone, shards, tmp_pat
     saved = json.loads((Path(trainer.log_dir) / "evaluation.json").read_text())
     assert set(saved) == {"base", "rDPO"}
     assert saved["base"]["pope accuracy"] in [100 * right / 12 for right in range(13)]
+    folder = write_hallusionbench(tmp_path / "hb")
+    blind = HallusionBenchmark(folder / "HallusionBench.json", folder)
+    with pytest.raises(ValueError, match="HallusionBenchmark asks without an image"):
+        run(backbone, shards, [Evaluation([blind])], CSVLogger(tmp_path), max_epochs=1)
     (tmp_path / "pope" / "images" / "a.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
         run(backbone, shards, [Evaluation([benchmark])], CSVLogger(tmp_path), max_epochs=1)

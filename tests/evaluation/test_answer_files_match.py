@@ -107,6 +107,57 @@ def test_an_answer_that_is_in_the_file_twice_is_one_question() -> None:
         questions_from([*answers, found("1", "no", "cat", target="Yes")], "pope")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_numbers_alone_name_the_questions_of_one_kind(order: int, caplog: pytest.LogCaptureFixture) -> None:
+    """LLaVA's answers to POPE may have nothing but ``question_id`` and ``text``."""
+    answers = [found(number, text) for number, text in zip("123", "abc", strict=True)][::order]
+    assert match(QUESTIONS, answers) == ["a", "b", "c"]
+    assert "matched to questions by their numbers" in caplog.text
+    assert match(QUESTIONS, [found("3", "c")]) == [None, None, "c"]
+    with pytest.raises(ValueError, match=r"by number within the only kind: 1 of 2 are unknown, such as '4'"):
+        match(QUESTIONS, [found("3", "c"), found("4", "d")])
+
+
+def test_numbers_in_another_order_than_the_questions_are_not_matched_by_order() -> None:
+    """With two kinds a number names no question; the same numbers in the same order do."""
+    questions = [*QUESTIONS, *(question._replace(key=f"popular/{at}") for at, question in enumerate(QUESTIONS, 1))]
+    texts = "abcdef"
+
+    def numbered(numbers: str) -> list[ForeignAnswer]:
+        return [found(number, text) for number, text in zip(numbers, texts, strict=True)]
+
+    for numbers in ("123123", "012012", "012345", "123456"):
+        assert match(questions, numbered(numbers)) == list(texts)
+    for numbers in ("321321", "112233", "210210", "543210", "132456"):
+        with pytest.raises(ValueError, match=r"by order: the answers have the numbers of the questions, in another"):
+            match(questions, numbered(numbers))
+
+
+def test_numbers_from_0_against_numbers_from_1_are_not_matched_in_another_order() -> None:
+    questions = [question._replace(key=question.key.rpartition("/")[2]) for question in QUESTIONS]
+    assert match(questions, [found("0", "a"), found("1", "b"), found("2", "c")][:0]) == [None] * 3
+    assert match(QUESTIONS, [found("0", "a"), found("1", "b"), found("2", "c")]) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"the numbers of the questions, in another order"):
+        match(QUESTIONS, [found("2", "c"), found("1", "b"), found("0", "a")])
+
+
+def test_answers_without_a_name_are_questions_of_their_own() -> None:
+    """Nothing says that they are to one question, so none is dropped, and none clashes."""
+    answers = [found("", "Yes", target="yes"), found("", "No", target="no"), found("", "Yes", target="yes")]
+    questions = questions_from(answers, "pope")
+    assert [(question.key, question.target["label"]) for question in questions] == [
+        ("0", "yes"),
+        ("1", "no"),
+        ("2", "yes"),
+    ]
+    assert match(questions, answers) == ["Yes", "No", "Yes"]
+
+
+def test_questions_about_one_image_are_one_group() -> None:
+    answers = [found(key, "Yes", image=image, target="yes") for key, image in (("1", "a.jpg"), ("2", "b.jpg"))]
+    assert [question.group for question in questions_from(answers, "pope")] == ["a.jpg", "b.jpg"]
+
+
 def test_hallusionbench_by_its_ids() -> None:
     target = {
         "category": "VD",

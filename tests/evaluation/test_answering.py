@@ -52,6 +52,12 @@ def test_another_prompt_or_picture_is_asked_anew(questions, tmp_path):
     engine = Parrot()
     answer_questions(changed, engine, tmp_path / "work", show_progress=False)
     assert [question.prompt for batch in engine.batches for question in batch] == ["what is this?", "what is 1?"]
+    taller = picture(9, (32, 40))
+    taller.putdata(list(picture(9).getdata()))
+    other = Parrot()
+    changed = [question._replace(image=taller) if question.key in "24" else question for question in changed]
+    answer_questions(changed, other, tmp_path / "work", show_progress=False)
+    assert other.asked == 2, "the same pixels in another shape are another picture"
 
 
 def test_an_unreadable_image_leaves_its_questions_unanswered(questions, tmp_path):

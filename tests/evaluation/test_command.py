@@ -17,7 +17,7 @@ from peft import PeftModel
 from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.cli import run
 from realign_lightning.demos import write_digit_benchmarks
-from realign_lightning.evaluation import read_run
+from realign_lightning.evaluation import PopeBenchmark, evaluate, read_run
 from tests.conftest import alone
 from tests.evaluation.official import Parrot, write_coco, write_hallusionbench, write_mmhal, write_pope
 
@@ -65,7 +65,7 @@ def test_finished_answers_are_not_generated_again(inside, digits, monkeypatch):
     before = Path("run/metrics.json").read_text()
     monkeypatch.setattr(AutoBackbone, "generate_tokens", lambda *args, **kwargs: pytest.fail("asked again"))
     run(["test", *pope_options(digits, "run"), "--benchmark.parser", "lmms_eval", *DIGITS, *CPU])
-    assert json.loads(Path("run/metrics.json").read_text())["settings"] == {"parser": "lmms_eval"}
+    assert json.loads(Path("run/metrics.json").read_text())["settings"]["parser"] == "lmms_eval"
     run(["test", *pope_options(digits, "run"), *DIGITS, *CPU])
     assert Path("run/metrics.json").read_text() == before
 
@@ -86,6 +86,37 @@ def test_two_ranks_count_every_question_once(inside, digits):
     (folder,) = Path("two/work/answers").iterdir()
     parts = [path.read_text().count("\n") for path in folder.glob("rank-*.jsonl")]
     assert len(parts) == 2
+
+
+@pytest.mark.parametrize("ask", ["all", "image"])
+def test_sharded_ranks_keep_up_with_questions_without_a_figure(inside, tiny_llava, ask):
+    """Under FSDP2 one rank asks a question without a figure while the other asks one with, or none."""
+    folder = write_hallusionbench(inside / "hb")
+    options = ["--benchmark", "hallusionbench", "--benchmark.file", str(folder / "HallusionBench.json")]
+    options += ["--benchmark.images", str(folder), "--benchmark.ask", ask, "--benchmark.max_new_tokens", "3"]
+    options += ["--model.backbone", "AutoBackbone", "--model.backbone.path", str(tiny_llava)]
+    command = [sys.executable, "-m", "realign_lightning", "test", *options, "--output", "two", "--batch_size", "1"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    command += ["--trainer.strategy", str(ROOT / "configs" / "strategies" / "fsdp2.yaml")]
+    subprocess.run(command, check=True, timeout=240, env=alone(PYTHONPATH=str(ROOT)))  # noqa: S603
+    run(["test", *options, "--output", "one", *CPU])
+    answers = [[row.answer for row in read_run(Path(name)).answers] for name in ("one", "two")]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == (4 if ask == "all" else 3)
+
+
+def test_the_benchmarks_longest_answer_holds_for_every_engine(inside, monkeypatch):
+    folder = write_pope(inside / "pope", ["random"])
+    parrot, lengths = Parrot(), []
+
+    def answer(self, asked):
+        lengths.append(self.max_new_tokens)
+        return parrot.answer(asked)
+
+    monkeypatch.setattr("realign_lightning.engines.EndpointEngine.answer", answer)
+    options = ["--benchmark=pope", "--benchmark.folder", str(folder), "--benchmark.images", str(folder / "images")]
+    run(["test", *options, "--engine", "EndpointEngine", "--engine.model", "m", "--output", "run", *CPU])
+    assert set(lengths) == {32}
 
 
 KILLED = """
@@ -144,7 +175,7 @@ def adapter(tiny_llava, tmp_path_factory):
 def tiny_options(tiny_llava, folder: Path, output: str) -> list[str]:
     return [
         *("--benchmark", "pope", "--benchmark.folder", str(folder), "--benchmark.images", str(folder / "images")),
-        *("--benchmark.max_new_tokens", "4", "--output", output, *CPU),
+        *("--benchmark.instruction", "", "--benchmark.max_new_tokens", "4", "--output", output, *CPU),
         *("--model.backbone", "AutoBackbone", "--model.backbone.path", str(tiny_llava)),
     ]
 
@@ -200,6 +231,8 @@ def test_another_model_needs_another_folder(inside, tiny_llava, adapter):
         (["--ckpt_path", "nowhere.ckpt"], FileNotFoundError, "nowhere.ckpt"),
         (["--benchmark.images", "nowhere"], FileNotFoundError, "images are missing, the first is nowhere"),
         (["--benchmark.folder", "nowhere"], FileNotFoundError, "no such folder"),
+        (["--engine", "EndpointEngine", "--engine.model", "m"], ValueError, "Expected a model to ask"),
+        (["--model.backbone", "null"], ValueError, "Expected a model to ask"),
     ],
 )
 def test_what_is_missing_is_named(inside, tiny_llava, changed, error, message):
@@ -215,8 +248,49 @@ def test_a_question_without_an_answer_shows_in_table_and_status(inside, tiny_lla
     with pytest.raises(SystemExit) as left:
         run(["test", *tiny_options(tiny_llava, folder, "run")])
     assert left.value.code == 3
-    assert "4 questions, 2 without an answer" in capsys.readouterr().out
+    assert "4 questions, 2 left out" in capsys.readouterr().out
     assert json.loads(Path("run/metrics.json").read_text())["unanswered"] == 2
+
+
+def test_files_of_others_are_not_replaced(inside):
+    folder = write_pope(inside / "pope", ["random"])
+    options = ["--benchmark", "pope", "--benchmark.folder", str(folder), "--output", "mine"]
+    Path("mine").mkdir()
+    rows = [{"question": f"Is there a {name} in the image?", "answer": "Yes"} for name in ("dog", "cat", "bus", "car")]
+    Path("mine/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = Path("mine/answers.jsonl").read_text()
+    for more in ([], ["--overwrite", "true"]):
+        with pytest.raises(FileExistsError, match="would be replaced by its own scores"):
+            run(["score", *options, "--answers", "mine/answers.jsonl", *more])
+    shutil.copy("mine/answers.jsonl", "theirs.jsonl")
+    with pytest.raises(FileExistsError, match="is no evaluation's"):
+        run(["score", *options, "--answers", "theirs.jsonl"])
+    assert Path("mine/answers.jsonl").read_text() == before
+    with pytest.raises(FileNotFoundError, match=r"`answers` to be a file of answers, got nowhere\.jsonl"):
+        run(["score", *options, "--answers", "nowhere.jsonl"])
+    with pytest.raises(OSError, match=r"Cannot write to `output` theirs\.jsonl"):
+        run(["score", *options[:-1], "theirs.jsonl", "--answers", "mine/answers.jsonl"])
+
+
+def test_a_wrong_name_of_a_benchmark_lists_the_right_ones(inside):
+    with pytest.raises(ValueError, match="one of pope, chair, amber, hallusionbench, mmhal, or a class, got 'pop'"):
+        run(["test", "--benchmark", "pop", "--output", "run"])
+
+
+def test_answers_from_elsewhere_compare_with_ours(inside, capsys):
+    """What was told beside the question is not known of them, and the longest answer neither."""
+    folder = write_pope(inside / "pope", ["random"])
+    rows = [{"question": f"Is there a {name} in the image?", "answer": "Yes"} for name in ("dog", "cat", "bus", "car")]
+    Path("answers.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmark", "pope", "--benchmark.folder", str(folder), "--output"]
+    run(["score", *options, "theirs", "--answers", "answers.json"])
+    evaluate(PopeBenchmark(folder, folder / "images"), Parrot({"cat": "no"}), "ours", show_progress=False)
+    run(["compare", "theirs", "ours", "--no-picture"])
+    assert "+25.00" in capsys.readouterr().out
+    longer = PopeBenchmark(folder, folder / "images", max_new_tokens=64)
+    evaluate(longer, Parrot({"cat": "no"}), "longer", show_progress=False)
+    with pytest.raises(ValueError, match="max_new_tokens is 32 in ours"):
+        run(["compare", "ours", "longer", "--no-picture"])
 
 
 def test_answers_from_elsewhere(inside, capsys):
@@ -230,6 +304,9 @@ def test_answers_from_elsewhere(inside, capsys):
     assert (found.scores["accuracy"], found.scores["recall"], found.scores["yes_ratio"]) == (0.5, 1.0, 1.0)
     run(["score", *options, "ours", "--answers", "official/answers.jsonl"])
     assert read_run(Path("ours")).scores == found.scores
+    recipe = ["--config", str(ROOT / "recipes" / "eval" / "pope.yaml")]
+    run(["score", *recipe, *options[2:], "recipe", "--answers", "answers.json"])
+    assert read_run(Path("recipe")).scores == found.scores
     run(["score", "--benchmark", "pope", "--output", "alone", "--answers", "official/answers.jsonl"])
     assert read_run(Path("alone")).scores == found.scores
 

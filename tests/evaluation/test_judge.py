@@ -51,6 +51,13 @@ def test_cost_is_tokens_times_prices(tmp_path):
     assert judge.cost.cost == pytest.approx(90e-6), "known replies cost nothing"
 
 
+def test_failures_add_up_over_calls(tmp_path):
+    judge = Judge(Parrot({"": "ERROR"}), str(tmp_path))
+    judge.ask(["a", "b"])
+    judge.ask(["c"])
+    assert judge.cost.failed == 3
+
+
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="`price_per_million_read` to be at least 0, got -1"):
         Judge(Parrot(), price_per_million_read=-1)

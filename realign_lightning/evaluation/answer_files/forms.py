@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from realign_lightning.evaluation.answer_files.rows import REPLY
+from realign_lightning.metrics.functional.hallusionbench import HallusionRow
 
-HALLUSION_FIELDS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "gt_answer")
+HALLUSION_FIELDS = HallusionRow._fields
 """What HallusionBench's target holds; the names are those of the official file."""
 
 _AMBER_TYPES = ("discriminative", "generative", "relation")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from realign_lightning.engines.chat_parts import text_of
 from realign_lightning.evaluation.answer_files.forms import HALLUSION_FIELDS, ForeignAnswer, hallusion_key
 from realign_lightning.evaluation.base import Question
+from realign_lightning.metrics.functional.coco import image_number
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,10 @@ def match(questions: Sequence[Question], found: Sequence[ForeignAnswer]) -> list
 
     Questions and answers are brought together by the first of these that names every answer's question, and
     contradicts none of the texts and labels that both sides have: their keys, HallusionBench's ids, image and text of
-    the question, the image alone, their order. Order serves only where there are as many answers as questions, and keys
-    either share nothing or all texts of questions agree; the log says so.
+    the question, the image alone, the numbers within the only kind, their order. A number is what stands behind the
+    last "/" of a question's key: files of answers to one of POPE's kinds have just that. Order serves only where there
+    are as many answers as questions, keys either share nothing or all texts of questions agree, and no numbers tell
+    another order. The log says so where numbers or order served.
 
     Args:
         questions: of the benchmark; no two with one key.
@@ -38,9 +40,13 @@ def match(questions: Sequence[Question], found: Sequence[ForeignAnswer]) -> list
     reasons = []
     for way in _WAYS:
         try:
-            return _answers(questions, _by_name(questions, found, way))
+            matched = _by_name(questions, found, way)
         except _MismatchError as mismatch:
             reasons.append(f"by {way.told}: {mismatch}")
+            continue
+        if way.of_question is _number:
+            log.warning("Answers were matched to questions by their numbers: the file does not tell their kind.")
+        return _answers(questions, matched)
     try:
         _check_order(questions, found)
     except _MismatchError as mismatch:
@@ -171,6 +177,23 @@ def _check_order(questions: Sequence[Question], answers: Sequence[ForeignAnswer]
     shared = {question.key for question in questions} & {answer.key for answer in answers} - {""}
     if shared and not all(text_of(question.prompt) and answer.question for question, answer in pairs):
         raise _MismatchError(f"some keys are those of questions, {_some(sorted(shared))}, and others not")
+    _check_numbers(questions, answers)
+
+
+def _check_numbers(questions: Sequence[Question], answers: Sequence[ForeignAnswer]) -> None:
+    """Refuse answers that are numbered as the questions are, or from first to last, and come in another order."""
+    found = _from_zero([answer.key for answer in answers])
+    orders = _from_zero([_number(question) or question.key for question in questions]), list(range(len(answers)))
+    if found and found not in orders and sorted(found) in [sorted(order) for order in orders]:
+        raise _MismatchError("the answers have the numbers of the questions, in another order")
+
+
+def _from_zero(numbers: Sequence[str]) -> list[int]:
+    """Numbers, the lowest of which becomes 0, since some files begin at 0 and others at 1; empty if one is none."""
+    if not all(number.isdecimal() for number in numbers):
+        return []
+    lowest = min(map(int, numbers), default=0)
+    return [int(number) - lowest for number in numbers]
 
 
 def _words(told: str) -> str:
@@ -218,30 +241,25 @@ def _image_name(question: Question) -> str:
     return _file_name(str(path or ""))
 
 
-def image_number(name: str) -> str:
-    """COCO's number of an image.
+def _number(question: Question) -> str:
+    """The number that a question has within its kind; empty if its key names no kind."""
+    kind, _, number = question.key.rpartition("/")
+    return number if kind else ""
 
-    Args:
-        name: number, or a file's name with the number last.
 
-    Returns:
-        Digits without leading zeros; empty if it has none.
-
-    >>> image_number("COCO_val2014_000000000042.jpg"), image_number("42"), image_number("cat.jpg")
-    ('42', '42', '')
-    """
-    found = re.search(r"(\d+)(?:\.\w+)?$", name)
-    return str(int(found[1])) if found else ""
+def _digits(image: str) -> str:
+    number = image_number(image)
+    return "" if number is None else str(number)
 
 
 def _question_image(question: Question) -> str:
     target = question.target if isinstance(question.target, Mapping) else {}
-    return image_number(str(target.get("image_id", "")) or _image_name(question) or question.key)
+    return _digits(str(target.get("image_id", "")) or _image_name(question) or question.key)
 
 
 def _answer_image(answer: ForeignAnswer) -> str:
     target = answer.target if isinstance(answer.target, Mapping) else {}
-    return image_number(str(target.get("image_id", "")) or answer.image)
+    return _digits(str(target.get("image_id", "")) or answer.image)
 
 
 _WAYS = (
@@ -260,4 +278,5 @@ _WAYS = (
         unique=False,
     ),
     _Way("image", _question_image, _answer_image),
+    _Way("number within the only kind", _number, lambda answer: answer.key),
 )

@@ -87,7 +87,7 @@ class AmberBenchmark(MarkedBenchmark):
 
     @cached_property
     def _checker(self) -> AmberChecker:
-        if self.folder is None:
+        if self.folder is None or self.part == "discriminative":
             # Enough for yes-or-no questions; descriptions name objects, which are refused without a vocabulary.
             return AmberChecker({}, similarity=exact_similarity, nouns=str.split)
         words = self.folder / "safe_words.txt"
@@ -124,7 +124,7 @@ class AmberBenchmark(MarkedBenchmark):
         prompt = f"{row['query']}\n{self.instruction}" if asks and self.instruction else row["query"]
         image = image_path(self.images or Path(), row["image"], where)
         target = {name: value for name, value in annotation.items() if name != "id"}
-        return Question(prompt, image, str(row["id"]), target, row["image"])
+        return Question(prompt, image, str(row["id"]), target, row["image"], row["query"])
 
     @property
     def has_files(self) -> bool:
@@ -133,8 +133,13 @@ class AmberBenchmark(MarkedBenchmark):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Similarity, and how answers are read."""
-        return {"similarity": self.similarity, "reading": self.reading}
+        """Part, similarity, and how answers are read."""
+        return {"part": self.part, "similarity": self.similarity, "reading": self.reading}
+
+    def prepare(self, folder: Path) -> None:
+        """Read the lists of words, and load what finds nouns and near-synonyms, where there are descriptions."""
+        if self.part != "discriminative":
+            _ = self._checker
 
     def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark]:
         """One mark per answer; targets are the rows of ``annotations.json``."""

@@ -15,10 +15,8 @@ from realign_lightning.evaluation.base import Mark, MarkedBenchmark, Question, S
 from realign_lightning.evaluation.benchmarks.files import given, image_path, read_object, read_rows, target_of
 from realign_lightning.metrics.functional.captions import CaptionParser, ChairNormalizer
 from realign_lightning.metrics.functional.chair import _chair_compute, chair_captions, chair_counts, highlight
-from realign_lightning.metrics.functional.coco import CocoObjects
+from realign_lightning.metrics.functional.coco import CocoObjects, image_number
 from realign_lightning.metrics.lexicon import Lexicon
-
-_NUMBER = re.compile(r"(\d+)(?:\.\w+)?$")
 
 
 class ChairBenchmark(MarkedBenchmark):
@@ -29,6 +27,7 @@ class ChairBenchmark(MarkedBenchmark):
     Args:
         folder: COCO's ``annotations``, with ``instances_val2014.json`` and ``captions_val2014.json``; None where
             captions are scored whose file holds the objects.
+        split: of the annotations.
         images: folder of the images, such as ``val2014``; None where only captions are scored.
         image_ids: file that lists the images to caption: a JSON list of ids, or JSON lines with ``image_id`` or
             ``image``, such as the captions that another paper released; None draws ``size`` of them.
@@ -56,6 +55,7 @@ class ChairBenchmark(MarkedBenchmark):
         self,
         folder: str | Path | None = None,
         images: str | Path | None = None,
+        split: str = "val2014",
         image_ids: str | Path | None = None,
         size: int = 500,
         seed: int = 0,
@@ -69,6 +69,7 @@ class ChairBenchmark(MarkedBenchmark):
             raise ValueError(f"Expected `size` to be at least 1, got {size}.")
         self.folder = None if folder is None else Path(folder)
         self.images = None if images is None else Path(images)
+        self.split = split
         self.image_ids = None if image_ids is None else Path(image_ids)
         self.size = size
         self.seed = seed
@@ -83,15 +84,14 @@ class ChairBenchmark(MarkedBenchmark):
         lexicon = None if self.synonyms is None else Lexicon.from_file(self.synonyms, self.coco_rules)
         return CaptionParser(lexicon, self.normalizer)
 
-    def _annotations(self, kind: str) -> list[Path]:
-        folder = given(self.folder, "folder")
-        found = sorted(folder.glob(f"{kind}_*.json"))
-        if not found:
+    def _annotations(self, kind: str) -> Path:
+        path = given(self.folder, "folder") / f"{kind}_{self.split}.json"
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {kind}_*.json: give COCO's folder `annotations`, with "
-                "instances_val2014.json and captions_val2014.json."
+                f"{path} does not exist: `folder` is COCO's folder `annotations`, with instances_{self.split}.json and "
+                f"captions_{self.split}.json."
             )
-        return found
+        return path
 
     def questions(self) -> list[Question]:
         """One question per image.
@@ -128,9 +128,8 @@ class ChairBenchmark(MarkedBenchmark):
     def _file_names(self) -> dict[int, str]:
         """File name of every annotated image by its id."""
         names: dict[int, str] = {}
-        for path in self._annotations("instances"):
-            for image in read_object(path).get("images", []):
-                names[int(image["id"])] = str(image["file_name"])
+        for image in read_object(self._annotations("instances")).get("images", []):
+            names[int(image["id"])] = str(image["file_name"])
         return names
 
     def _drawn(self, images: Sequence[int]) -> list[int]:
@@ -188,7 +187,7 @@ class ChairBenchmark(MarkedBenchmark):
 
 def _image_id(path: Path, number: int, row: Mapping[str, Any]) -> int:
     value = row.get("image_id", row.get("image"))
-    found = None if value is None else _NUMBER.search(str(value))
+    found = None if value is None else image_number(str(value))
     if found is None:
         raise ValueError(f"{path}, row {number}: expected an image_id, or an image whose name ends in one, got {row}.")
-    return int(found[1])
+    return found

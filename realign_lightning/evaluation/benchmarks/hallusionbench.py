@@ -16,6 +16,7 @@ from realign_lightning.metrics.functional.hallusionbench import (
     HallusionParser,
     HallusionRow,
     HallusionVariant,
+    HallusionVerdict,
     _hallusionbench_compute,
     hallusionbench_counts,
     hallusionbench_judge_prompt,
@@ -110,7 +111,15 @@ class HallusionBenchmark(MarkedBenchmark):
         prompt = f"{row['question']}\n{self.instruction}" if self.instruction else row["question"]
         names = (target[name] for name in ("category", "subcategory", "set_id", "figure_id", "question_id"))
         group = "/".join((target["category"], target["subcategory"], target["set_id"]))
-        return Question(prompt, self._image(row["filename"], number), "/".join(names), target, group)
+        self._check(HallusionRow(*(target[name] for name in _FIELDS)), number)
+        return Question(prompt, self._image(row["filename"], number), "/".join(names), target, group, row["question"])
+
+    def _check(self, row: HallusionRow, number: int) -> None:
+        """Refuse what could not be scored before anything is asked."""
+        try:
+            hallusionbench_counts([int(HallusionVerdict.CORRECT)], [row], self.variant)
+        except ValueError as error:
+            raise ValueError(f"{self.file}, row {number}: {error}") from error
 
     def _image(self, name: str | None, number: int) -> Path | None:
         if not name:
@@ -141,29 +150,36 @@ class HallusionBenchmark(MarkedBenchmark):
             return "judge"
         return "lmms_eval" if self.variant == "lmms_eval" else "vlmevalkit"
 
-    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark]:
+    def prepare(self, folder: Path) -> None:
+        """Check the judge's prompt, and tell the judge where its replies are kept."""
+        template_hash(self.judge_template)
+        if self.judge is not None:
+            self.judge.prepare(folder)
+
+    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark | None]:
         """One mark per answer; targets are rows of the official file. Pairs and figures count with their first row."""
         targets = [target_of(question.target, question.key, _FIELDS) for question in questions]
         rows = [HallusionRow(*(str(target[name]) for name in _FIELDS)) for target in targets]
-        read = list(answers) if self.judge is None else self._judge(targets, answers)
+        replies: list[str | None] = list(answers) if self.judge is None else self._judge(targets, answers)
         same = self._same(rows, answers) if self.diagnose else None
+        # What has no reply is left out by whoever called; until then it must only not be in the way.
+        read = [reply or "" for reply in replies]
         counts = hallusionbench_counts(read, rows, self.variant, self._parser, same)
         right = (counts[:, HallusionCounts._fields.index("correct")] == 1).tolist()
         notes = [{} if self.judge is None else {"judge": text} for text in read]
         return [
-            Mark(tuple(row), is_right, float(not is_right), note)
-            for row, is_right, note in zip(counts.tolist(), right, notes, strict=True)
+            None if reply is None else Mark(tuple(row), is_right, float(not is_right), note)
+            for row, is_right, note, reply in zip(counts.tolist(), right, notes, replies, strict=True)
         ]
 
-    def _judge(self, targets: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[str]:
+    def _judge(self, targets: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[str | None]:
         assert self.judge is not None  # noqa: S101 - asked by the caller
         prompts = []
         for target, answer in zip(targets, answers, strict=True):
             reference = target.get("reference") or ("yes" if target["gt_answer"] == "1" else "no")
             asked = str(target.get("question", ""))
             prompts.append(hallusionbench_judge_prompt(asked, reference, answer, self.judge_template))
-        # No reply is read as one that decides nothing, and counted as unparsed.
-        return [reply or "" for reply in self.judge.ask(prompts)]
+        return self.judge.ask(prompts)
 
     def _same(self, rows: Sequence[HallusionRow], answers: Sequence[str]) -> list[bool | None]:
         """Whether each answer agrees with that for figure 0; None where there is none, or the judge is silent."""

@@ -12,14 +12,14 @@ from realign_lightning.evaluation.base import Mark, MarkedBenchmark, Question, S
 from realign_lightning.evaluation.benchmarks.files import Kind, given, image_path, read_rows, target_of, template_hash
 from realign_lightning.evaluation.judge import Judge
 from realign_lightning.metrics.functional.mmhal import (
+    BAD_BELOW,
     MMHAL_TYPES,
+    RATINGS,
     _mmhal_compute,
     mmhal_counts,
     mmhal_judge_prompt,
     mmhal_rating,
 )
-
-_CLEAN_FROM = 3
 
 
 class MMHalBenchmark(MarkedBenchmark):
@@ -105,7 +105,12 @@ class MMHalBenchmark(MarkedBenchmark):
         """Who judged, and whether with words of the user's own."""
         return {"judge": dict(self.judge.engine.identity), "template": template_hash(self.judge_template)}
 
-    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark]:
+    def prepare(self, folder: Path) -> None:
+        """Check the judge's prompt, and tell the judge where its replies are kept."""
+        template_hash(self.judge_template)
+        self.judge.prepare(folder)
+
+    def mark(self, questions: Sequence[Question], answers: Sequence[str]) -> list[Mark | None]:
         """One mark per answer; targets have ``type``, ``question``, ``reference`` and ``image_content``."""
         fields = ("type", "question", "reference", "image_content")
         targets = [target_of(question.target, question.key, fields) for question in questions]
@@ -115,18 +120,10 @@ class MMHalBenchmark(MarkedBenchmark):
             )
             for target, answer in zip(targets, answers, strict=True)
         ]
-        # No reply is one without a rating, and counted as unparsed.
-        replies = [reply or "" for reply in self.judge.ask(prompts)]
-        counts = mmhal_counts(replies, [target["type"] for target in targets])
-        ratings = [mmhal_rating(reply) for reply in replies]
+        replies = self.judge.ask(prompts)
         return [
-            Mark(
-                tuple(row),
-                None if rating is None else rating >= _CLEAN_FROM,
-                float(6 - (rating or 0)),
-                {"rating": rating, "judge": reply},
-            )
-            for row, rating, reply in zip(counts.tolist(), ratings, replies, strict=True)
+            None if reply is None else _mark(reply, target["type"])
+            for reply, target in zip(replies, targets, strict=True)
         ]
 
     @staticmethod
@@ -134,3 +131,11 @@ class MMHalBenchmark(MarkedBenchmark):
         """MMHal's scores."""
         del settings
         return _mmhal_compute(counts)
+
+
+def _mark(reply: str, kind: str) -> Mark:
+    """A mark by a judge's reply; one without a rating counts as 0, as the official script has it, and as unparsed."""
+    rating = mmhal_rating(reply)
+    right = None if rating is None else rating >= BAD_BELOW
+    (counts,) = mmhal_counts([reply], [kind]).tolist()
+    return Mark(tuple(counts), right, float(max(RATINGS) - (rating or 0)), {"rating": rating, "judge": reply})

@@ -113,6 +113,8 @@ class PopeBenchmark(MarkedBenchmark):
         ]
 
     def _question(self, kind: PopeKind, path: Path, number: int, row: Mapping[str, Any]) -> Question:
+        if not row["text"].strip():
+            raise ValueError(f"{path}, row {number}: expected a question in 'text', got {row['text']!r}.")
         label = row["label"].strip().lower()
         if label not in ("yes", "no"):
             raise ValueError(f"{path}, row {number}: expected the label yes or no, got {row['label']!r}.")
@@ -120,7 +122,7 @@ class PopeBenchmark(MarkedBenchmark):
         place = self.images or Path()
         image = image_path(place, row["image"], f"{path}, row {number}")
         target = {"label": label, "categories": [kind]}
-        return Question(prompt, image, f"{kind}/{row['question_id']}", target, row["image"])
+        return Question(prompt, image, f"{kind}/{row['question_id']}", target, row["image"], row["text"])
 
     @property
     def has_files(self) -> bool:
@@ -142,9 +144,7 @@ class PopeBenchmark(MarkedBenchmark):
         memberships = category_memberships(kinds, _COLUMNS, len(kinds))
         by_kind = (memberships[:, :, None] * counts[:, None, :]).flatten(1)
         return [
-            Mark(
-                tuple(row), right := verdict.name.lower() == label, float(not right), {"read as": verdict.name.lower()}
-            )
+            _mark(row, verdict.name.lower(), label)
             for row, verdict, label in zip(by_kind.tolist(), verdicts, labels, strict=True)
         ]
 

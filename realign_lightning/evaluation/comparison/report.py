@@ -95,7 +95,8 @@ def _score_cells(one: BenchmarkComparison, delta: Delta) -> tuple[str, ...]:
     ends = [shown(end, scale, signed=True) for end in (delta.interval.low, delta.interval.high)]
     return (
         _cell(delta.score.title),
-        f"{len(one.keys):,}",
+        # A part of the questions has its own score, but no count of its own.
+        "" if "/" in delta.score.name else f"{len(one.keys):,}",
         shown(delta.first, scale),
         shown(delta.second, scale),
         shown(delta.value, scale, signed=True),
