@@ -105,8 +105,8 @@ class AMBER(CountedMetric):
         Args:
             preds: as generated.
             target: the annotation of each.
-            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
-                None counts everything.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once
+                (:meth:`compute` says which of different results is taken); None counts everything.
         """
         self._count(self._counts(preds, target), ids)
 

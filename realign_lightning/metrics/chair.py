@@ -91,8 +91,8 @@ class CHAIR(CountedMetric):
             target: the categories in each image, or image ids where the metric has a ``ground_truth``.
             objects: what a judge extracted from each caption, for ``objhal`` alone; see
                 :func:`~realign_lightning.metrics.functional.chair_counts`.
-            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
-                None counts everything.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once
+                (:meth:`compute` says which of different results is taken); None counts everything.
         """
         counts = chair_counts(preds, target, self.parser, ground_truth=self.ground_truth, objects=objects)
         self._count(counts, ids)

@@ -46,7 +46,7 @@ class HallusionBench(BenchmarkMetric):
 
     Shares are 0 where the denominator is 0. Groups reach across batches and processes, so the state holds a few
     integers per question. A question that comes twice, as samplers pad, counts once; if its verdicts differ, the
-    worst counts, and a warning says so.
+    worst counts, and a warning says so; of equal verdicts, that whose ``same`` is None, then False.
 
     Args:
         variant: whose rules hold; see :func:`~realign_lightning.metrics.functional.hallusionbench.hallusionbench`.

@@ -52,8 +52,8 @@ class MMHal(CountedMetric):
         Args:
             preds: the judge's replies.
             target: number or type of each question.
-            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
-                None counts everything.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once
+                (:meth:`compute` says which of different results is taken); None counts everything.
         """
         self._count(mmhal_counts(preds, target), ids)
 

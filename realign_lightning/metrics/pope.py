@@ -86,8 +86,8 @@ class POPE(CountedMetric):
             target: the right answers, "yes" or "no".
             categories: the category of each answer, or several joined by commas, for each of which the answer counts,
                 as in VLMEvalKit. To be given if and only if the metric was made with names of categories.
-            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once;
-                None counts everything.
+            ids: numbers of the examples. What comes again with its number, as a distributed sampler pads, counts once
+                (:meth:`compute` says which of different results is taken); None counts everything.
         """
         counts = pope_counts(preds, target, self.parser)
         memberships = self._memberships(categories, len(preds))

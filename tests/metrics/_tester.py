@@ -80,6 +80,14 @@ class MetricTester:
             assert all(part.dtype == torch.long for part in (state if isinstance(state, list) else [state]))
         assert_scores(metric.compute(), self.reference(*joined(self.batches())))
 
+    def test_states_stay_integers_whatever_type_is_asked_for(self) -> None:
+        metric = self.make_metric().set_dtype(torch.float16)
+        for preds, target in self.batches():
+            metric.update(preds, target)
+        for state in metric.set_dtype(torch.float16).metric_state.values():
+            assert all(part.dtype == torch.long for part in (state if isinstance(state, list) else [state]))
+        assert_scores(metric.compute(), self.reference(*joined(self.batches())))
+
     def test_nothing_seen_is_zero(self) -> None:
         with pytest.warns(UserWarning, match="before the ``update`` method"):
             scores = self.make_metric().compute()
@@ -117,13 +125,28 @@ class MetricTester:
                 scores.append(metric.compute())
         assert scores[0] == scores[1]
 
-    @pytest.mark.parametrize("ids", [[1], "12", [0.5], [True], 3])
+    def test_ids_may_be_a_tensor(self) -> None:
+        if not self.takes_ids:
+            return
+        metric, (preds, target) = self.make_metric(), joined(self.batches())
+        for _ in range(2):
+            metric.update(preds, target, ids=torch.arange(len(preds), dtype=torch.int32))
+        assert_scores(metric.compute(), self.reference(preds, target))
+
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            *([1], "12", [0.5], [True], [2**63], 3),
+            *(torch.tensor([0.5, 1.5]), torch.tensor([True, False]), torch.tensor([1j, 2j])),
+            *(torch.tensor([[1], [2]]), torch.tensor([1]), torch.tensor(2)),
+        ],
+    )
     def test_wrong_ids_are_refused(self, ids: Any) -> None:
         if not self.takes_ids:
             return
         metric = self.filled()
         preds, target = joined(self.batches())
-        size = 1 if isinstance(ids, list) and isinstance(ids[0], bool | float) else 2
+        size = 1 if isinstance(ids, list) and ids != [1] else 2
         with pytest.raises(ValueError, match="Expected `ids`"):
             metric.update(preds[:size], target[:size], ids=ids)
         assert_scores(metric.compute(), self.reference(*joined(self.batches())))

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -297,6 +298,23 @@ def test_conflicting_duplicates_count_with_the_worst_verdict_in_any_order() -> N
         assert hallusionbench(["yes", "Well"], target[:2])["unclear"].item() == 1
 
 
+@pytest.mark.parametrize(
+    ("agreements", "expected"),
+    [((True, False), (1, 0, 0)), ((True, None), (0, 0, 1)), ((False, None), (0, 0, 1)), ((True, True), (0, 1, 0))],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_verdicts_the_unknown_then_the_other_answer_counts(
+    agreements: tuple[bool | None, ...], expected: tuple[int, ...], order: int
+) -> None:
+    """Figure 0 is right and figure 1 wrong: a mix if the answer stayed the same, else a visual illusion."""
+    preds, target = ["yes", "yes", "yes"], [math("0", "0", "1"), math("1", "0", "0"), math("1", "0", "0")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = hallusionbench(preds, target, "official", "vlmevalkit", same=[None, *agreements[::order]])
+    names = ("visual_illusion", "mixed", "undiagnosed")
+    assert tuple(scores[name].item() for name in names) == expected
+
+
 def test_the_row_of_a_dropped_duplicate_holds_zeros() -> None:
     counts = hallusionbench_counts(["yes", "yes"], [math("0", "0", "1")] * 2)
     assert counts[0].any()
@@ -308,6 +326,8 @@ def gathering(other: torch.Tensor) -> Any:
 
     def gather(mine: torch.Tensor, group: object) -> list[torch.Tensor]:
         assert mine.dtype == other.dtype
+        if mine.ndim == 1:
+            return [mine, torch.zeros_like(mine)]
         assert mine.shape[1:] == other.shape[1:]
         return [mine, other]
 

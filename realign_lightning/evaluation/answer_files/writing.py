@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from realign_lightning.evaluation.answer_files.forms import HALLUSION_FIELDS, hallusion_key
-from realign_lightning.evaluation.answer_files.matching import image_number
 from realign_lightning.evaluation.answer_files.rows import CELL_LIMIT, openpyxl
 from realign_lightning.evaluation.base import Answered
+from realign_lightning.metrics.functional.coco import image_number
 
 log = logging.getLogger(__name__)
 
@@ -184,9 +184,9 @@ def _hallusion_row(one: Answered) -> dict[str, Any]:
 def _caption(one: Answered) -> dict[str, Any]:
     target = one.target if isinstance(one.target, Mapping) else {}
     number = image_number(str(target.get("image_id", "")) or one.image or one.key)
-    if not number:
+    if number is None:
         raise ValueError(f"Expected COCO's number of the image in target, image or key of question {one.key!r}.")
-    return {"image_id": int(number), "caption": one.answer}
+    return {"image_id": number, "caption": one.answer}
 
 
 def _amber_response(one: Answered) -> dict[str, Any]:

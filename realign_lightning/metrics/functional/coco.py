@@ -15,6 +15,24 @@ Paths = str | Path | Sequence[str | Path]
 _NUMBER_IN_NAME = re.compile(r"(\d+)(?:\.\w+)?$")
 
 
+def image_number(image: int | str) -> int | None:
+    """COCO's number of an image.
+
+    Args:
+        image: the number, as text or number, or the name of a file that ends in it.
+
+    Returns:
+        The number; None where the name has none.
+
+    >>> image_number("COCO_val2014_000000000042.jpg"), image_number(" 42 "), image_number(42), image_number("cat.jpg")
+    (42, 42, 42, None)
+    """
+    if isinstance(image, int):
+        return image
+    found = _NUMBER_IN_NAME.search(image.strip())
+    return None if found is None else int(found[1])
+
+
 class CocoObjects(Mapping[int, frozenset[str]]):
     """The objects of each image: categories of the annotated instances, and what the reference captions mention.
 
@@ -150,10 +168,8 @@ class CocoObjects(Mapping[int, frozenset[str]]):
 
 def _number(image: int | str) -> int:
     """Number of an image; -1 where its name has none, which is no image's."""
-    if isinstance(image, int):
-        return image
-    found = _NUMBER_IN_NAME.search(image.strip())
-    return int(found.group(1)) if found else -1
+    number = image_number(image)
+    return -1 if number is None else number
 
 
 class _Annotations:

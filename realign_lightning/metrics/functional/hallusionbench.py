@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from realign_lightning.metrics.functional.checks import check_texts, fill_template, ratio
-from realign_lightning.metrics.functional.pope import Verdict, vlmevalkit_verdict
+from realign_lightning.metrics.functional.pope import Verdict, says_yes_or_no, vlmevalkit_verdict
 
 HallusionVariant = Literal["official", "lmms_eval", "vlmevalkit"]
 """Whose rules hold; see :func:`hallusionbench`."""
@@ -77,8 +76,6 @@ class HallusionVerdict(IntEnum):
 
 # Without this order the score of conflicting duplicates would depend on which process saw a question first.
 _WORST_FIRST = (HallusionVerdict.INCORRECT, HallusionVerdict.UNCLEAR, HallusionVerdict.CORRECT)
-
-_YES_OR_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 
 
 def vlmevalkit_answer(answer: str) -> bool | None:
@@ -213,7 +210,7 @@ def _read_judge(reply: str, right: bool) -> _Reading:
 
 
 def _read_lmms_eval(answer: str, right: bool) -> _Reading:
-    return _Reading(HallusionVerdict(lmms_eval_answer(answer) == right), _YES_OR_NO.search(answer) is not None)
+    return _Reading(HallusionVerdict(lmms_eval_answer(answer) == right), says_yes_or_no(answer))
 
 
 def _read_vlmevalkit(answer: str, right: bool) -> _Reading:
@@ -448,7 +445,7 @@ def hallusionbench_table(
 
 
 def _without_duplicates(entries: Sequence[_Entry]) -> dict[int, _Entry]:
-    """One entry per question by its index: the worst verdict, whatever the order."""
+    """One entry per question by its index: the worst verdict, and of equal ones the smallest numbers."""
     best: dict[tuple[int, ...], int] = {}
     conflicts: set[tuple[int, ...]] = set()
     for index, entry in enumerate(entries):

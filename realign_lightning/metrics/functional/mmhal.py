@@ -25,9 +25,11 @@ MMHAL_TYPES = (
 RATINGS = range(7)
 """What a judge may give; below 3 the answer hallucinates. Within 0 to 2, and 3 to 6, higher is more informative."""
 
+BAD_BELOW = 3
+"""An answer with a lower rating hallucinates."""
+
 _OUTCOMES = len(RATINGS) + 1  # the last one: not understood
 _UNPARSED = len(RATINGS)
-_BAD_BELOW = 3
 _BEST_INFORMATIVENESS = 3
 
 
@@ -62,7 +64,7 @@ def mmhal_informativeness(rating: int | None) -> int:
     """
     if rating is None:
         return 0
-    return rating - _BAD_BELOW if rating >= _BAD_BELOW else rating
+    return rating - BAD_BELOW if rating >= BAD_BELOW else rating
 
 
 def _type_number(value: int | str, index: int) -> int:
@@ -113,7 +115,7 @@ def _mmhal_compute(counts: Tensor) -> dict[str, Tensor]:
     informative = torch.tensor([mmhal_informativeness(rating) for rating in outcomes_and_ratings], device=counts.device)
     scores = {
         "average_score": ratio((outcomes * points).sum(-1), replies),
-        "hallucination_rate": ratio((outcomes * (points < _BAD_BELOW)).sum(-1), replies),
+        "hallucination_rate": ratio((outcomes * (points < BAD_BELOW)).sum(-1), replies),
         "informativeness": ratio((outcomes * informative).sum(-1), replies * _BEST_INFORMATIVENESS),
         "unparsed": ratio(outcomes[..., _UNPARSED], replies),
     }

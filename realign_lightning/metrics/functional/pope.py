@@ -36,6 +36,21 @@ class Verdict(IntEnum):
     UNKNOWN = 2
 
 
+_YES_OR_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
+
+
+def says_yes_or_no(answer: str) -> bool:
+    """Whether "yes" or "no" occurs as a word, in any case; where neither does, a rule that reads every text guesses.
+
+    Args:
+        answer: the generated text.
+
+    >>> says_yes_or_no("NO!"), says_yes_or_no("I know."), says_yes_or_no("")
+    (True, False, False)
+    """
+    return _YES_OR_NO.search(answer) is not None
+
+
 def official_verdict(answer: str, label: str = "") -> Verdict:
     """Read an answer as POPE's ``evaluate.py`` does.
 
@@ -175,7 +190,6 @@ _PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
 _PERIODS = 32
 _MAY_NOT_KNOW = ("lmms_eval", "vlmevalkit")
 _LABELS = {"no": 0, "yes": 1}
-_YES_OR_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 
 
 def check_parser(parser: str) -> None:
@@ -269,7 +283,7 @@ def pope_counts(preds: Sequence[str], target: Sequence[str], parser: PopeParser 
     if parser in _MAY_NOT_KNOW:
         unparsed = [verdict is Verdict.UNKNOWN for verdict in verdicts]
     else:
-        unparsed = [_YES_OR_NO.search(answer) is None for answer in preds]
+        unparsed = [not says_yes_or_no(answer) for answer in preds]
     cells = len(Verdict) * torch.tensor(labels, dtype=torch.long) + torch.tensor(verdicts, dtype=torch.long)
     counts = torch.zeros(len(preds), len(COUNTS), dtype=torch.long).scatter_(1, cells[:, None], 1)
     counts[:, -1] = torch.tensor(unparsed, dtype=torch.long)
