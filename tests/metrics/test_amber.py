@@ -341,6 +341,23 @@ def test_nouns_are_lemmas_of_what_is_tagged_so_with_their_case(monkeypatch: pyte
     assert AmberChecker(RELATION, similarity=exact_similarity).nouns is nltk_nouns
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Cannot find a Dog", ["Can", "not", "find", "a", "Dog"]),
+        ("THE MAN'S dog", ["THE", "MAN", "'S", "dog"]),
+        ("I'LL, WE'VE, DON'T", ["I", "'LL", ",", "WE", "'VE", ",", "DO", "N'T"]),
+        ("Isn'T a 'Dog'\u2014cat", ["Isn'T", "a", "'", "Dog", "'", "\u2014", "cat"]),
+    ],
+)
+def test_words_are_cut_in_their_own_case(text: str, tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NLTK's tokenizer gives for these texts; every token is tagged as a noun here, so that all are returned."""
+    monkeypatch.setattr(rules, "require", lambda tagger: None)
+    monkeypatch.setattr(rules, "tag", lambda tokens: ["NN"] * len(tokens))
+    monkeypatch.setattr(rules, "lemma", lambda token, pos: token)
+    assert nltk_nouns(text) == tokens
+
+
 def test_missing_nltk_is_said_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(ModuleNotFoundError, match="pip install"):

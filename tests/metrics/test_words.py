@@ -55,6 +55,10 @@ def test_singular_of_every_form_is_that_of_the_reference() -> None:
         ),
         ("at 10:30, 1,000 people; 50% off", ["at", "10:30", ",", "1,000", "people", ";", "50", "%", "off"]),
         ("a double-decker bus cannot stop", ["a", "double-decker", "bus", "can", "not", "stop"]),
+        ("dog\u2014cat", ["dog", "\u2014", "cat"]),
+        ("'cat'", ["'", "cat", "'"]),
+        ("Wine-cannot- more'n", ["wine-", "can", "not", "-", "more", "'n"]),
+        ("'tis", ["'", "tis"]),
     ],
 )
 def test_tokens_are_those_of_the_treebank(text: str, tokens: list[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from realign_lightning.metrics.functional.checks import check_texts
 from realign_lightning.metrics.functional.wordnet import lemma, require, tag
-from realign_lightning.metrics.functional.words import chunk_tokens, chunks
+from realign_lightning.metrics.functional.words import cased_tokens
 
 EPS = 0.001
 """What the reference adds to every denominator: its counters of denominators start there."""
@@ -51,8 +51,7 @@ def nltk_nouns(text: str) -> list[str]:
         LookupError: if NLTK lacks the data of its tagger or of WordNet.
     """
     require(tagger=True)
-    cut = zip(text.split(), chunks(text), strict=True)
-    tokens = [token for cased, (_, ends_sentence) in cut for token in chunk_tokens(cased, ends_sentence)]
+    tokens = cased_tokens(text)
     return [lemma(token, "n") for token, label in zip(tokens, tag(tokens), strict=True) if label.startswith("NN")]
 
 

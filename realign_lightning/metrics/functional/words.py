@@ -1,44 +1,82 @@
 """Words of a caption, cut as the Penn Treebank cuts them.
 
 CHAIR's reference tokenises lower-cased captions with NLTK, which first looks for sentences (Punkt, Kiss and Strunk
-2006) and then applies the Treebank conventions (Marcus et al. 1993). This is our own scanner for both. It works on one
-white-space separated chunk at a time, so that a frequent chunk needs to be cut only once.
+2006) and then applies the Treebank conventions (Marcus et al. 1993); AMBER's does the same in the text's own case.
+This is our own scanner for both. It works on one white-space separated chunk at a time, so that a frequent chunk needs
+to be cut only once. Tokens are those of NLTK 3.10.4, with these known differences:
+
+* Sentences: Punkt knows from a corpus which words often begin one. Here only a list of abbreviations, and initials
+  and numbers before a lower-case word, keep their period; case is not looked at.
+* Closing marks that white space sets off from the period before them: a chunk does not see that only they follow. In
+  ``stop. "`` the period is cut, and NLTK leaves it; in ``st. )`` at the end of a text it is the reverse.
+* In ``dog's'`` the clitic is cut. NLTK leaves it before the end of the sentence or line, a bracket, an asterisk, a
+  dash of hyphens or a closing quotation mark: an effect of the order of its substitutions that writers do not mean.
+* ``'tis`` is not cut right behind a fused word, as in ``cannot'tis``, which nobody writes.
+* Beside an apostrophe, letters are those of Python's ``re`` and the accents U+0300 to U+036F. NLTK has them from the
+  ``regex`` package, which takes every combining mark for a letter, and fractions and superscripts for none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator
+from itertools import pairwise, zip_longest
 
 _CLOSING = "])}>\"'\u00bb\u201d\u2019"
 _FINAL_PERIOD = re.compile(rf"(?<=[^.])\.(?=[{re.escape(_CLOSING)}]*$)")
 
 # Marks that are always a token of their own, as the inside of a character class.
-_MARKS = r"\[\](){}<>?!;@\#$%&*\"\u00ab\u00bb\u2018\u2019\u201c-\u201e"
+_MARKS = r"\[\](){}<>?!;@\#$%&*\"\u00ab\u00bb\u2012-\u2015\u2018\u2019\u201c-\u201e"
+_BEFORE_OPENING_QUOTE = frozenset("([{< `\u00ab\u2018\u201c\u201e")
+_LETTER = r"[\w\u0300-\u036f]"
+_WORD = rf"""
+    (?: [^\s{_MARKS}`:,.'-]
+      | [:,](?=\d)                                     # as in 10:30 and 1,000
+      | \.(?!\.)
+      | -(?!-)
+      | (?<={_LETTER})'(?!') | '(?!'|{_LETTER})        # within a word or at its end
+      | '(?=(?i:s|m|d|t|n|ll|re|ve)(?!{_LETTER}))     # at the start of a clitic
+    )
+"""
 _TOKEN = re.compile(
     rf"""
-      \.{{2,}}       # ellipsis
-    | --             # dash
-    | `+ | ''        # quotation marks of several characters
+      \.{{2,}}                                         # ellipsis
+    | --                                               # dash
+    | ``? | ''                                         # quotation marks
     | [{_MARKS}]
-    | [:,](?!\d)     # but not in 10:30 or 1,000
-    | (?: [^\s{_MARKS}`:,.'-] | [:,](?=\d) | \.(?!\.) | -(?!-) | '(?!') )+
+    | [:,](?![\d:,])
+    | [:,]{{2}} {_WORD}*                               # the second of a pair stays with what follows
+    | {_WORD}+
+    | '                                                # opening quotation mark
     """,
     re.VERBOSE,
 )
-_CLITIC = re.compile(r"(?<=[^'])(?:n't|'(?:s|m|d|ll|re|ve)?)$")
+_PAIR = re.compile("[:,]{2}")
 _CHUNK = re.compile(r"\S+")
+
+_CLITICS = re.compile(
+    r"""
+    (.*?[^'])                                          # of the clitics, each may follow once, in this order
+    (n't | N'T | '(?: ll|LL | re|RE | ve|VE ))?
+    ('[sSmMdD])?
+    (')?
+    \Z""",
+    re.VERBOSE,
+)
 _FUSED = {
-    "cannot": ("can", "not"),
-    "gimme": ("gim", "me"),
-    "gonna": ("gon", "na"),
-    "gotta": ("got", "ta"),
-    "lemme": ("lem", "me"),
-    "wanna": ("wan", "na"),
-    "'tis": ("'t", "is"),
-    "'twas": ("'t", "was"),
+    "can": "not",
+    "d": "'ye",
+    "gim": "me",
+    "gon": "na",
+    "got": "ta",
+    "lem": "me",
+    "more": "'n",
+    "wan": r"na\Z",
 }
+_FUSED_WORD = re.compile(
+    rf"\b({'|'.join(rf'{first}(?={second})' for first, second in _FUSED.items())})({'|'.join(_FUSED.values())})\b",
+    re.IGNORECASE,
+)
 
 _ABBREVIATED = """
     a.m apr aug ave blvd capt co col corp d.c dec dr e.g feb gen gov i.e inc jan jr lt ltd mr mrs ms nov oct p.m prof
@@ -63,11 +101,31 @@ def tokenize(text: str) -> list[str]:
     >>> tokenize("Mr. Smith's dog isn't here at 10:30 p.m., is it?")
     ['mr.', 'smith', "'s", 'dog', 'is', "n't", 'here', 'at', '10:30', 'p.m.', ',', 'is', 'it', '?']
     """
-    return [token for chunk, ends_sentence in chunks(text) for token in chunk_tokens(chunk, ends_sentence)]
+    return cased_tokens(text.lower())
+
+
+def cased_tokens(text: str) -> list[str]:
+    """Tokens of a text in its own case, as NLTK's ``word_tokenize`` finds them.
+
+    Case matters: "isn't" and "ISN'T" are two words each, "Isn'T" is one.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The tokens in their order.
+
+    >>> cased_tokens("IT'S a dog\u2014I CANNOT see it.")
+    ['IT', "'S", 'a', 'dog', '\u2014', 'I', 'CAN', 'NOT', 'see', 'it', '.']
+    """
+    return [token for chunk, ends_sentence in _cased_chunks(text) for token in chunk_tokens(chunk, ends_sentence)]
 
 
 def chunks(text: str) -> Iterator[tuple[str, bool]]:
     """White-space separated chunks of the lower-cased text, each with whether a period at its end ends a sentence.
+
+    A chunk that begins with a quotation mark keeps the character of white space before it within the sentence, because
+    that decides whether the mark opens a quotation.
 
     Args:
         text: any text.
@@ -75,12 +133,30 @@ def chunks(text: str) -> Iterator[tuple[str, bool]]:
     Returns:
         Arguments for :func:`chunk_tokens`, in their order.
 
-    >>> list(chunks("Dr. No. A dog."))
-    [('dr.', False), ('no.', True), ('a', False), ('dog.', True)]
+    >>> list(chunks('Dr. No. A "dog".'))
+    [('dr.', False), ('no.', True), ('a', False), (' "dog".', True)]
     """
-    parts = text.lower().split()
-    for chunk, following in zip_longest(parts, parts[1:], fillvalue=""):
-        yield chunk, "." in chunk and _ends_sentence(chunk, following)
+    return _cased_chunks(text.lower())
+
+
+def _cased_chunks(text: str) -> Iterator[tuple[str, bool]]:
+    """The chunks of a text in its own case."""
+    parts = text.split()
+    found = (
+        (chunk, "." in chunk and _ends_sentence(chunk.lower(), following.lower()))
+        for chunk, following in zip_longest(parts, parts[1:], fillvalue="")
+    )
+    return _with_space_before_quotes(text, found) if '"' in text or "''" in text else found
+
+
+def _with_space_before_quotes(text: str, found: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """The chunks of ``text``, with the white space before quotation marks that do not begin a sentence."""
+    begins_sentence = not text[:1].isspace()
+    for match, (chunk, ends_sentence) in zip(_CHUNK.finditer(text), found, strict=True):
+        before = "" if begins_sentence or not chunk.startswith(('"', "''")) else text[match.start() - 1]
+        yield before + chunk, ends_sentence
+        last = chunk.rstrip(_CLOSING)[-1:]
+        begins_sentence = last in ("?", "!") or (last == "." and ends_sentence)
 
 
 def _ends_sentence(chunk: str, following: str) -> bool:
@@ -99,7 +175,7 @@ def chunk_tokens(chunk: str, ends_sentence: bool) -> list[str]:
     """Tokens of one chunk.
 
     Args:
-        chunk: lower-case text without white space.
+        chunk: text without white space, but for what :func:`chunks` leaves at its start.
         ends_sentence: whether a period at its end is a token of its own.
 
     Returns:
@@ -126,8 +202,9 @@ def token_spans(text: str) -> list[tuple[int, int]]:
     """
     spans: list[tuple[int, int]] = []
     for match, (chunk, ends_sentence) in zip(_CHUNK.finditer(text), chunks(text), strict=True):
+        first = match.start() - chunk[0].isspace()
         # Not every letter has a lower case of one character.
-        origins = [index for index, letter in enumerate(match.group(), match.start()) for _ in letter.lower()]
+        origins = [index for index in range(first, match.end()) for _ in text[index].lower()]
         spans += [(origins[start], origins[end - 1] + 1) for _, start, end in _scan(chunk, ends_sentence)]
     return spans
 
@@ -140,18 +217,33 @@ def _scan(chunk: str, ends_sentence: bool) -> Iterator[tuple[str, int, int]]:
         for match in _TOKEN.finditer(chunk, first, last):
             token, start = match.group(), match.start()
             if token in ('"', "''"):
-                opens = start == 0 or chunk[start - 1] in "([{<"
-                yield "``" if opens else "''", start, match.end()
+                yield "``" if _opens(chunk, start, token) else "''", start, match.end()
                 continue
-            for part in _parts(token):
+            pair = _PAIR.match(token)
+            for part in (token[0], *_parts(token[1:])) if pair else _parts(token):
                 yield part, start, start + len(part)
                 start += len(part)
 
 
-def _parts(token: str) -> tuple[str, ...]:
+def _opens(chunk: str, start: int, mark: str) -> bool:
+    """Whether the quotation mark at ``start`` opens a quotation; at the start of a sentence only a double one does."""
+    if start == 0:
+        return mark == '"'
+    return chunk[start - 1] in _BEFORE_OPENING_QUOTE or (start == 1 and chunk[0] == '"')
+
+
+def _parts(token: str) -> list[str]:
     """The words that are written as one."""
-    if token in _FUSED:
-        return _FUSED[token]
-    clitic = _CLITIC.search(token)
-    cut = clitic.start() if clitic else len(token)
-    return tuple(part for part in (token[:cut], token[cut:]) if part)
+    clitics = _CLITICS.match(token) if "'" in token else None
+    if clitics is None:
+        return _unfused(token)
+    word, *others = clitics.groups()
+    return [*_unfused(word), *filter(None, others)]
+
+
+def _unfused(word: str) -> list[str]:
+    """The word cut around and within "cannot" and its like."""
+    cuts = [0]
+    for match in _FUSED_WORD.finditer(word):
+        cuts += [match.start(), match.start(2), match.end()]
+    return [word[start:end] for start, end in pairwise([*cuts, len(word)]) if start < end]
