@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from realign_lightning.backbones import AutoBackbone, Backbone, LoRA
     from realign_lightning.data import DualPreferenceDataModule
     from realign_lightning.losses import RDPOLoss, SFTLoss, rdpo_loss
-    from realign_lightning.metrics import CHAIR, POPE
+    from realign_lightning.metrics import AMBER, CHAIR, POPE, HallusionBench, MMHal
     from realign_lightning.modules import RDPOModule
     from realign_lightning.types import LogProbs, PreferenceBatch, PreferenceSample
 
@@ -26,7 +26,10 @@ _HOMES = {
     "RDPOLoss": "realign_lightning.losses",
     "SFTLoss": "realign_lightning.losses",
     "rdpo_loss": "realign_lightning.losses",
+    "AMBER": "realign_lightning.metrics",
     "CHAIR": "realign_lightning.metrics",
+    "HallusionBench": "realign_lightning.metrics",
+    "MMHal": "realign_lightning.metrics",
     "POPE": "realign_lightning.metrics",
     "RDPOModule": "realign_lightning.modules",
     "LogProbs": "realign_lightning.types",
@@ -35,13 +38,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "AMBER",
     "CHAIR",
     "POPE",
     "AutoBackbone",
     "Backbone",
     "DualPreferenceDataModule",
+    "HallusionBench",
     "LoRA",
     "LogProbs",
+    "MMHal",
     "PreferenceBatch",
     "PreferenceSample",
     "RDPOLoss",

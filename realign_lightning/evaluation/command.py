@@ -217,13 +217,15 @@ def add_model(parser: LightningArgumentParser) -> None:
     parser.add_lightning_class_args(pl.Trainer, "trainer", required=False)
 
 
-def add_benchmark(parser: LightningArgumentParser) -> None:
+def add_benchmark(parser: LightningArgumentParser, default_output: str | None = None) -> None:
     """Options that all commands have which score a benchmark.
 
     Args:
         parser: to add them to.
+        default_output: what stands for the output where none is given; None makes it required.
     """
     names = ", ".join(BENCHMARKS)
     parser.add_argument("--benchmark", type=MarkedBenchmark, required=True, help=f"one of {names}, or a class")
-    parser.add_argument("--output", type=str, required=True, help="folder for answers.jsonl and metrics.json")
+    told = "folder for answers.jsonl and metrics.json" + (f" (default: {default_output})" if default_output else "")
+    parser.add_argument("--output", type=str | None if default_output else str, required=not default_output, help=told)
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the evaluation of another model there")

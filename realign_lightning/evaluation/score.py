@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from realign_lightning.data.shards import file_sha256
-from realign_lightning.evaluation.answer_files import match, questions_from, read_answers
+from realign_lightning.evaluation.answer_files import match, questions_from, read_answers, write_answers
+from realign_lightning.evaluation.answer_files.writing import WrittenForm
 from realign_lightning.evaluation.answering import Reply
 from realign_lightning.evaluation.base import MarkedBenchmark
 from realign_lightning.evaluation.command import add_benchmark, add_model, name_benchmark, saying_what_is_kept, show
@@ -68,9 +70,14 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _parser()
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
-    with saying_what_is_kept(Path(parts.output)):
-        found = score_file(parts.benchmark, parts.answers, parts.output, parts.form, parts.overwrite)
-    show(found, Path(parts.output))
+    answers = Path(parts.answers)
+    output = answers.with_name(f"{answers.stem}_scores") if parts.output is None else Path(parts.output)
+    with saying_what_is_kept(output):
+        found = score_file(parts.benchmark, answers, output, parts.form, parts.overwrite)
+        if parts.write is not None:
+            for path in write_answers(parts.write, found.answers, parts.write_form, found.benchmark):
+                sys.stdout.write(f"Wrote {path}\n")
+    show(found, output)
 
 
 def _parser() -> LightningArgumentParser:
@@ -82,9 +89,12 @@ def _parser() -> LightningArgumentParser:
         "status: 0 all went well, 1 something stood in the way, 3 some questions have no answer or no verdict.",
     )
     parser.add_argument("--config", action="config", help="a file with these options")
-    add_benchmark(parser)
+    add_benchmark(parser, default_output="FILE_scores beside the answers")
     # Not used: recipes of `test` have them.
     add_model(parser)
     parser.add_argument("--answers", type=str, required=True, help="file of answers")
     parser.add_argument("--form", type=str | None, help="what wrote the file, if it cannot be told from its content")
+    parser.add_argument("--write", type=str | None, help="file to write the answers to, for another harness to read")
+    told = "for whom: vlmevalkit (.xlsx, .tsv, .csv), lmms_eval (.jsonl) or official (.json)"
+    parser.add_argument("--write_form", type=WrittenForm, default="vlmevalkit", help=told)
     return parser

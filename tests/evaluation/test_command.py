@@ -304,6 +304,11 @@ def test_answers_from_elsewhere(inside, capsys):
     assert (found.scores["accuracy"], found.scores["recall"], found.scores["yes_ratio"]) == (0.5, 1.0, 1.0)
     run(["score", *options, "ours", "--answers", "official/answers.jsonl"])
     assert read_run(Path("ours")).scores == found.scores
+    run(["score", *options[:-1], "--answers", "answers.json"])
+    assert read_run(Path("answers_scores")).scores == found.scores
+    run(["score", *options, "written", "--answers", "answers.json", "--write", "for_others.tsv"])
+    run(["score", "--benchmark", "pope", "--answers", "for_others.tsv"])
+    assert read_run(Path("for_others_scores")).scores == found.scores
     recipe = ["--config", str(ROOT / "recipes" / "eval" / "pope.yaml")]
     run(["score", *recipe, *options[2:], "recipe", "--answers", "answers.json"])
     assert read_run(Path("recipe")).scores == found.scores
