@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
-from realign_lightning.preferences.engine import Question
 
 from benchmarks import build
 from benchmarks.build import (
@@ -30,7 +29,7 @@ from benchmarks.build import (
     truths,
 )
 from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, PlacedDigit, Scene, absent, answer, caption, question
-from realign_lightning.engines import Answer, Engine
+from realign_lightning.engines import Answer, Engine, Question
 from realign_lightning.preferences import WordOverlap
 from realign_lightning.preferences.mask import MaskedResponse, Span
 from realign_lightning.preferences.retrieval.search import faiss
