@@ -168,7 +168,7 @@ class EndpointEngine(Engine):
             try:
                 openai = importlib.import_module("openai")
             except ModuleNotFoundError as error:
-                raise ImportError("EndpointEngine needs openai: install realign-lightning[build].") from error
+                raise ImportError("EndpointEngine needs openai: install realign-lightning[build] or [eval].") from error
             # Also what the client sends again is sent no faster than allowed.
             hooks = {"request": [lambda _: self._wait()]}
             self._client = openai.OpenAI(
