@@ -32,7 +32,8 @@ def _row(score: Score, value: float) -> tuple[str, str]:
 
 
 def _remarks(found: Evaluated) -> list[str]:
-    settings = ", ".join(f"{name} {value}" for name, value in found.settings.items() if value and isinstance(value, str))
+    told = {name: value for name, value in found.settings.items() if value and isinstance(value, str)}
+    settings = ", ".join(f"{name} {value}" for name, value in told.items())
     lines = [f"{len(found.answers)} questions, {found.left_out} left out" + (f"; {settings}" if settings else "")]
     if found.judge:
         judge = found.judge
