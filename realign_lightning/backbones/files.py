@@ -186,16 +186,26 @@ class FileHasher:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write a JSON file that appears whole, and is there when the machine loses its power right afterwards.
+    """Write a JSON file as :func:`write_text` writes text.
 
     Args:
         path: the file, in a folder that is there.
         value: plain JSON values.
         sort_keys: whether names are written in order.
     """
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole, and is there when the machine loses its power right afterwards.
+
+    Args:
+        path: the file, in a folder that is there.
+        text: its content.
+    """
     beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     with beside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,6 +50,28 @@ def run_on_ranks(
     runner = pl.Trainer(**{**trainer, **_QUIET})
     runner.predict(worker, return_predictions=False)
     return worker.result, runner.is_global_zero
+
+
+@contextmanager
+def saying_what_is_kept(work: str | Path) -> Iterator[None]:
+    """Add to an error of the system, such as a full disk, that finished work is not lost.
+
+    Args:
+        work: folder of finished work.
+
+    Raises:
+        SystemExit: in place of such an error; what this package refuses says itself what to do, and passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(
+            f"error: {place}{error.strerror or error}. What was finished is kept in {work}: mend this, and give the "
+            "same command again."
+        ) from error
 
 
 class PolicyWorker(pl.LightningModule):

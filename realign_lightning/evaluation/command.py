@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from realign_lightning.data.shards import file_sha256
 from realign_lightning.engines.base import Engine
 from realign_lightning.engines.local import LocalEngine
 from realign_lightning.engines.policy import Policy, TrainedWeights
-from realign_lightning.engines.worker import run_on_ranks
+from realign_lightning.engines.worker import run_on_ranks, saying_what_is_kept
 from realign_lightning.evaluation.base import MarkedBenchmark
 from realign_lightning.evaluation.benchmarks import BENCHMARKS
 from realign_lightning.evaluation.report import as_table
@@ -55,33 +54,10 @@ def main(args: Sequence[str]) -> None:
     def run(policy: Policy | None) -> Evaluated:
         return evaluate(parts.benchmark, _engine(parts, policy), parts.output, parts.overwrite)
 
-    with saying_what_is_kept(Path(parts.output)):
+    with saying_what_is_kept(Path(parts.output) / WORK):
         found, is_first = run_on_ranks(run, backbone, vars(parts.trainer), trained)
     if is_first:
         show(found, Path(parts.output))
-
-
-@contextmanager
-def saying_what_is_kept(folder: Path) -> Iterator[None]:
-    """Add to an error of the system, such as a full disk, that finished work is not lost.
-
-    Args:
-        folder: of the evaluation.
-
-    Raises:
-        SystemExit: in place of such an error.
-    """
-    try:
-        yield
-    except OSError as error:
-        # What this package refuses says itself what to do.
-        if error.errno is None:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        raise SystemExit(
-            f"error: {place}{error.strerror or error}. What was answered is kept in {folder / WORK}: mend this, and "
-            "give the same command again."
-        ) from error
 
 
 def show(found: Evaluated, folder: Path) -> None:

@@ -40,7 +40,7 @@ class Judge:
     """Asks a model to judge answers, and keeps its replies.
 
     Timeouts, refusals for now (429) and failures of the server are retried by the engine; what fails for good has no
-    reply, and benchmarks count it as unparsed. A prompt that was replied to is never paid for again.
+    reply, and its answer is left out of the scores. A prompt that was replied to is never paid for again.
 
     Args:
         engine: who judges, for example :class:`~realign_lightning.engines.EndpointEngine` for any OpenAI-compatible

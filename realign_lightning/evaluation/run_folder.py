@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from realign_lightning.backbones.files import write_json
+from realign_lightning.backbones.files import write_json, write_text
 from realign_lightning.evaluation.base import Answered
 
 ANSWERS = "answers.jsonl"
@@ -16,6 +16,8 @@ ANSWERS = "answers.jsonl"
 
 METRICS = "metrics.json"
 """Scores, and what they depend on."""
+
+_AGAIN = "Run the evaluation again."
 
 
 @dataclass
@@ -56,10 +58,8 @@ def write_run(folder: Path, found: Evaluated) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in found.answers)
-    temporary = folder / f".{ANSWERS}.new"
-    temporary.write_text(lines, encoding="utf-8")
-    temporary.replace(folder / ANSWERS)
-    told = {name: value for name, value in asdict(found).items() if name != "answers"}
+    write_text(folder / ANSWERS, lines)
+    told = {one.name: getattr(found, one.name) for one in fields(found) if one.name != "answers"}
     unanswered = sum(row.answer is None for row in found.answers)
     counts = {"questions": len(found.answers), "unanswered": unanswered, "left_out": found.left_out}
     write_json(folder / METRICS, {**told, **counts})
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Evaluated:
     for name in (METRICS, ANSWERS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no folder of an evaluation: it has no {name}.")
-    told = _parse(folder / METRICS, 1, _text(folder / METRICS))
+    told = _metrics(folder)
     lines = _text(folder / ANSWERS).splitlines()
     answers = [_answered(folder / ANSWERS, number, line) for number, line in enumerate(lines, 1)]
     missing = {"benchmark", "settings", "scores"} - told.keys()
@@ -89,21 +89,45 @@ def read_run(folder: Path) -> Evaluated:
 
 
 def _answered(path: Path, number: int, line: str) -> Answered:
-    values = _parse(path, number, line)
+    values = parse_object(line, f"{path}, line {number}", _AGAIN)
     known = {one.name for one in fields(Answered)}
     if not {"key", "question", "answer"} <= values.keys() or not values.keys() <= known:
         raise ValueError(f"{path}, line {number}: expected the fields {sorted(known)}, got {sorted(values)}.")
     return Answered(**values)
 
 
-def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    return parse_object(_text(path), str(path), _AGAIN)
+
+
+def parse_object(text: str, where: str, advice: str) -> dict[str, Any]:
+    """A JSON object from a file that some evaluation wrote.
+
+    Args:
+        text: the file, or one of its lines.
+        where: what it is called in messages.
+        advice: what to do where it is damaged.
+
+    Raises:
+        ValueError: if it is no JSON, or something else than an object.
+    """
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}, is no JSON: {error}. Run the evaluation again.") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}.")
-    return dict(value)
+        raise ValueError(f"{where} is no JSON: {error}. {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of evaluations in a folder, or the folder itself.
+
+    Args:
+        folder: of one evaluation, or with one folder for each of several.
+    """
+    return sorted(path.parent for path in [folder / METRICS, *folder.glob(f"*/{METRICS}")] if path.is_file())
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
@@ -116,12 +140,12 @@ def find_runs(folder: Path) -> dict[str, Path]:
         FileNotFoundError: if there is none.
         ValueError: if two are of one benchmark.
     """
-    paths = sorted(path.parent for path in [folder / METRICS, *folder.glob(f"*/{METRICS}")] if path.is_file())
+    paths = run_folders(folder)
     if not paths:
         raise FileNotFoundError(f"{folder} holds no evaluation: neither it nor a folder in it has a {METRICS}.")
     runs: dict[str, Path] = {}
     for path in paths:
-        name = _parse(path / METRICS, 1, _text(path / METRICS))["benchmark"]
+        name = _metrics(path)["benchmark"]
         if name in runs:
             raise ValueError(f"{runs[name]} and {path} are both evaluations of {name}: give one of the two folders.")
         runs[name] = path
@@ -169,7 +193,7 @@ def check_run(folder: Path, benchmark: str, model: Mapping[str, Any], overwrite:
                 "another --output."
             )
         return
-    told = _parse(folder / METRICS, 1, _text(folder / METRICS))
+    told = _metrics(folder)
     found = told.get("model") or {}
     changed = [name for name in sorted({*found, *model}) if found.get(name) != model.get(name)]
     if told.get("benchmark") != benchmark:

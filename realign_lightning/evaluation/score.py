@@ -9,11 +9,12 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser
 
 from realign_lightning.data.shards import file_sha256
+from realign_lightning.engines.worker import saying_what_is_kept
 from realign_lightning.evaluation.answer_files import match, questions_from, read_answers, write_answers
 from realign_lightning.evaluation.answer_files.writing import WrittenForm
 from realign_lightning.evaluation.answering import Reply
 from realign_lightning.evaluation.base import MarkedBenchmark
-from realign_lightning.evaluation.command import add_benchmark, add_model, name_benchmark, saying_what_is_kept, show
+from realign_lightning.evaluation.command import add_benchmark, add_model, name_benchmark, show
 from realign_lightning.evaluation.run_folder import ANSWERS, Evaluated, check_run
 from realign_lightning.evaluation.running import WORK, score_replies
 
@@ -72,7 +73,7 @@ def main(args: Sequence[str]) -> None:
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
     answers = Path(parts.answers)
     output = answers.with_name(f"{answers.stem}_scores") if parts.output is None else Path(parts.output)
-    with saying_what_is_kept(output):
+    with saying_what_is_kept(output / WORK):
         found = score_file(parts.benchmark, answers, output, parts.form, parts.overwrite)
         if parts.write is not None:
             for path in write_answers(parts.write, found.answers, parts.write_form, found.benchmark):

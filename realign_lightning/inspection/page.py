@@ -164,23 +164,31 @@ def _template() -> tuple[str, str, str]:
     """The page around its data: before the facts, between facts and pairs, behind the pairs."""
     folder = files("realign_lightning.inspection") / "template"
     page, style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
-    policy = (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
-    )
-    for mark, text in (("%GENERATOR%", _GENERATOR), ("%POLICY%", policy), ("%STYLE%", style), ("%SCRIPT%", script)):
-        page = page.replace(mark, text)
+    page = with_sources(page.replace("%GENERATOR%", _GENERATOR), style, script)
     head, rest = page.split("%FACTS%")
     middle, tail = rest.split("%PAIRS%")
     return head, middle, tail
 
 
-def source_hash(text: str) -> str:
-    """How a Content-Security-Policy names the one script or style that it allows.
+def with_sources(page: str, style: str, script: str) -> str:
+    """A page with its style and script, and a policy that allows nothing else.
 
     Args:
-        text: the script or style.
+        page: HTML with the marks ``%POLICY%``, ``%STYLE%`` and ``%SCRIPT%``, and no data yet.
+        style: CSS.
+        script: JavaScript.
     """
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_source_hash(style)}'; script-src '{_source_hash(script)}'"
+    )
+    for mark, text in (("%POLICY%", policy), ("%STYLE%", style), ("%SCRIPT%", script)):
+        page = page.replace(mark, text)
+    return page
+
+
+def _source_hash(text: str) -> str:
+    """How a Content-Security-Policy names the one script or style that it allows."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.sources.base import Source
 from realign_lightning.engines.policy import Policy
-from realign_lightning.engines.worker import run_on_ranks
+from realign_lightning.engines.worker import run_on_ranks, saying_what_is_kept
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
@@ -53,18 +53,8 @@ def main(args: Sequence[str]) -> None:
             places = (parts.output, policy, parts.pool, parts.work)
             return builder.build(parts.source, *places, parts.title, settings, parts.overwrite)
 
-    try:
+    with saying_what_is_kept(parts.work or f"{parts.output}.work"):
         result, is_first = run_on_ranks(run, parts.backbone, vars(parts.trainer))
-    except OSError as error:
-        # What this package refuses says itself what to do.
-        if error.errno is None:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        work = parts.work or f"{parts.output}.work"
-        raise SystemExit(
-            f"error: {place}{error.strerror or error}. What was finished is kept in {work}: mend this, and give the "
-            "same command again."
-        ) from error
     if is_first:
         sys.stdout.write(result.as_text())
         _exit(result)

@@ -11,7 +11,7 @@ from PIL import Image
 from realign_lightning.evaluation.comparison.pairing import Comparison, Flip, worst_first
 from realign_lightning.evaluation.comparison.report import flip_values
 from realign_lightning.inspection.differences import differing, segments
-from realign_lightning.inspection.page import script_json, source_hash
+from realign_lightning.inspection.page import script_json, with_sources
 from realign_lightning.inspection.pairs import thumbnail
 
 _THUMBNAIL = 384
@@ -90,14 +90,8 @@ def _template(facts: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str
     page, own, script = ((folder / name).read_text(encoding="utf-8") for name in names)
     shared = files("realign_lightning.inspection") / "template" / "page.css"
     style = f"{shared.read_text(encoding='utf-8')}\n{own}"
-    policy = (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
-    )
     # Data last: nothing in it is taken for a mark.
-    for mark, text in (("%POLICY%", policy), ("%STYLE%", style), ("%SCRIPT%", script)):
-        page = page.replace(mark, text)
-    before, rest = page.split("%FACTS%")
+    before, rest = with_sources(page, style, script).split("%FACTS%")
     between, behind = rest.split("%FLIPS%")
     middle, tail = behind.split("%PICTURES%")
     return f"{before}{script_json(facts)}{between}{script_json(records)}{middle}", tail

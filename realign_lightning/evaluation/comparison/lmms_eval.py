@@ -14,6 +14,7 @@ from torch import Tensor
 
 from realign_lightning.evaluation.base import Answered, Score
 from realign_lightning.evaluation.comparison.sides import Side
+from realign_lightning.evaluation.run_folder import parse_object
 
 _RESULTS = "_results.json"
 _DATED = f"[0-9]*{_RESULTS}"
@@ -34,6 +35,7 @@ _SETTINGS = (
 )
 """Of a task's configuration, what questions, answers or scores depend on and what is no path or place in memory."""
 
+_AGAIN = "Copy it again, or run lmms-eval again."
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _INDEPENDENT = (
     "lmms-eval does not tell which questions belong together, so each was drawn alone: intervals are too narrow "
@@ -73,7 +75,7 @@ def read_tasks(folder: Path) -> list[Side]:
 
 
 def _read_results(path: Path) -> list[Side]:
-    results = _object(path.read_text(encoding="utf-8"), str(path))
+    results = parse_object(path.read_text(encoding="utf-8"), str(path), _AGAIN)
     if not isinstance(results.get("results"), Mapping) or not isinstance(results.get("configs"), Mapping):
         raise ValueError(f"{path} is no file of results of lmms-eval: it lacks `results` or `configs`.")
     sides = []
@@ -114,7 +116,7 @@ def _by_filter(path: Path, filters: int) -> list[dict[str, dict[str, Any]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
-        sample = _object(line, f"{path}, line {number}")
+        sample = parse_object(line, f"{path}, line {number}", _AGAIN)
         missing = {"doc_id", "filtered_resps", "target"} - sample.keys()
         if missing:
             raise ValueError(f"{path}, line {number}: a sample of lmms-eval has {sorted(missing)}; this one has not.")
@@ -249,13 +251,3 @@ def _notes(others: Sequence[str], verdict: str) -> tuple[str, ...]:
         f"Right or wrong is told by {verdict}." if verdict else "No metric is 0 or 1 throughout: no answer is judged."
     )
     return tuple(notes)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}. Copy it again, or run lmms-eval again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}.")
-    return value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from realign_lightning.evaluation.base import Answered, MarkedBenchmark, Score
-from realign_lightning.evaluation.run_folder import METRICS, Evaluated, find_runs, read_run, rows_of
+from realign_lightning.evaluation.run_folder import METRICS, Evaluated, find_runs, read_run, rows_of, run_folders
 
 
 @dataclass
@@ -63,8 +63,7 @@ def read_sides(folder: Path, benchmarks: Mapping[str, type[MarkedBenchmark]] | N
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder. Give what `realign-lightning test` or lmms-eval wrote.")
-    has_runs = any(path.is_file() for path in [folder / METRICS, *folder.glob(f"*/{METRICS}")])
-    runs = find_runs(folder) if has_runs else {}
+    runs = find_runs(folder) if run_folders(folder) else {}
     sides = {name: _read_side(path, _benchmark(name, path, benchmarks)) for name, path in runs.items()}
     sides |= {side.benchmark: side for side in read_tasks(folder)}
     if not sides:
@@ -97,7 +96,7 @@ def _read_side(path: Path, benchmark: type[MarkedBenchmark]) -> Side:
         headline=benchmark.headline,
         compute=partial(_compute, benchmark, found.settings),
         model=found.model,
-        marks_groups=getattr(benchmark, "marks_groups", False),
+        marks_groups=benchmark.marks_groups,
     )
     _check_counts(side)
     _check_scores(side, found)
