@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from realign_lightning.types import PreferenceSample
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores.
     torch.set_num_threads(1)
+# What is known of checked shards stays with this run of the tests.
+os.environ.setdefault("REALIGN_CACHE", tempfile.mkdtemp(prefix="realign-cache-"))
 # Tokenizers' threads and forked data-loading workers do not mix.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

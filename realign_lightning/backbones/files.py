@@ -139,6 +139,21 @@ def file_state(path: Path) -> dict[str, int]:
     return {name: getattr(state, name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")}
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal; a progress bar shows when it takes longer than two seconds.
+
+    Args:
+        path: the file.
+    """
+    digest = hashlib.sha256()
+    bar = tqdm(desc=f"hashing {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, delay=2, leave=False)
+    with path.open("rb") as file, bar:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
 class FileHasher:
     """SHA-256 of files; what was hashed is known again by path, size, place on the disk and times of change.
 
@@ -165,19 +180,10 @@ class FileHasher:
         known = self._known.get(str(path.resolve()), {})
         if {name: known.get(name) for name in seen} == seen:
             return str(known["sha256"])
-        digest = hashlib.sha256()
-        with (
-            path.open("rb") as file,
-            tqdm(
-                desc=f"identify {path.name}", total=seen["st_size"], unit="B", unit_scale=True, delay=2, leave=False
-            ) as bar,
-        ):
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                bar.update(len(chunk))
-        self._known[str(path.resolve())] = {**seen, "sha256": digest.hexdigest()}
+        digest = file_sha256(path)
+        self._known[str(path.resolve())] = {**seen, "sha256": digest}
         self._save()
-        return digest.hexdigest()
+        return digest
 
     def _save(self) -> None:
         if self._memory is not None:

@@ -21,9 +21,9 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from realign_lightning.data.manifest import ShardIndex, read_index
 from realign_lightning.data.scan import scan_shard
 from realign_lightning.data.schema import split_member_name
-from realign_lightning.data.shards import ShardIndex, read_index
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.data.builder import ShardBuilder
-from realign_lightning.data.stream import EpochSampler, SampleIndex, ShardDataset, describe_skips
+from realign_lightning.data.order import Blocks, EpochSampler, Place, SampleIndex
+from realign_lightning.data.quarantine import QUARANTINE_NAME, Quarantine, SkipLog
+from realign_lightning.data.remote import ShardCache
+from realign_lightning.data.shard_set import cache_folder
+from realign_lightning.data.stream import ShardDataset
+from realign_lightning.data.transform import SampleTransform
+from realign_lightning.ranks import gather
 from realign_lightning.types import EncodedSample, PreferenceBatch, SkippedSample
 
 log = logging.getLogger(__name__)
@@ -20,78 +27,27 @@ log = logging.getLogger(__name__)
 _CHECK_EVERY = 64
 """Batches between two sums over ranks."""
 
+_REMOTE_BLOCK = 4
+"""Shards per block of remote storage, unless told otherwise."""
 
-class BadDataError(RuntimeError):
-    """More samples are bad than is allowed; the message counts and names them."""
 
+class ResumableLoader(DataLoader[EncodedSample]):
+    """A loader that goes on where a checkpoint left off.
 
-class SkipLog:
-    """Counts skipped samples, names each once in the log, and raises when they are too many.
-
-    They are too many when they exceed ``max_bad_fraction`` of all; a single bad sample is always let pass, unless
-    ``max_bad_fraction`` is 0. In short: ``bad > max(1, max_bad_fraction * total)``, or ``bad > 0``.
-
-    Args:
-        total: samples in the shards, those that lack a member included.
-        max_bad_fraction: from 0 to 1.
-        skipped: samples that are known to be bad before reading begins, already named in the log.
-
-    Raises:
-        BadDataError: if these are too many already.
+    How far it had come is in the data module's state, so that it has none of its own. Lightning asks loaders that
+    cannot resume to be replaced, and knows those that can by these methods.
     """
 
-    def __init__(self, total: int, max_bad_fraction: float, skipped: Iterable[SkippedSample] = ()) -> None:
-        self.total = total
-        self.allowed = max(1.0, max_bad_fraction * total) if max_bad_fraction > 0 else 0.0
-        self.max_bad_fraction = max_bad_fraction
-        self._known = {(skip.shard, skip.key): skip for skip in skipped}
-        self._before = len(self._known)
-        self._pass: set[tuple[str, str]] = set()
-        self.check(0)
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; see :meth:`DualPreferenceDataModule.state_dict`."""
+        return {}
 
-    @property
-    def skipped(self) -> tuple[SkippedSample, ...]:
-        """Every distinct bad sample that this process has met."""
-        return tuple(self._known.values())
-
-    @property
-    def met(self) -> int:
-        """Distinct bad samples that this process has read in the current pass over the data."""
-        return len(self._pass)
-
-    def add(self, skipped: Iterable[SkippedSample]) -> None:
-        """Count skipped samples; one that is new is logged as a warning.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Does nothing.
 
         Args:
-            skipped: samples that were skipped while a batch was read.
+            state_dict: empty.
         """
-        for skip in skipped:
-            name = (skip.shard, skip.key)
-            if name not in self._known:
-                log.warning("sample skipped: %s", describe_skips([skip]))
-                self._known[name] = skip
-            self._pass.add(name)
-
-    def check(self, met: int) -> None:
-        """Compare a number of bad samples, beside those known before reading, with what is allowed.
-
-        Args:
-            met: bad samples read in this pass, on one rank or on all.
-
-        Raises:
-            BadDataError: if they are too many.
-        """
-        bad = self._before + met
-        if bad > self.allowed:
-            raise BadDataError(
-                f"{bad} of {self.total} samples are bad, more than max_bad_fraction={self.max_bad_fraction} allows "
-                f"({self.allowed:g}); repair the shards or raise max_bad_fraction. "
-                f"Skipped here: {describe_skips(self.skipped)}"
-            )
-
-    def begin_pass(self) -> None:
-        """Begin a new pass over the data: what was met before is met again."""
-        self._pass.clear()
 
 
 class SampleReader:
@@ -122,7 +78,15 @@ class SampleReader:
 
         Args:
             row: 0 to ``len(self) - 1``.
+
+        Raises:
+            ValueError: if the samples are changed at random, so that nothing of them can be kept.
         """
+        if self._dataset.transform is not None:
+            raise ValueError(
+                "reference='cached' keeps log-probs of samples as they are stored, and `transform` changes them in "
+                "every epoch: set another `reference`, or leave the transform out."
+            )
         return self._dataset.fingerprint(row)
 
     def batches(self, rows: Sequence[tuple[int, float]]) -> DataLoader[EncodedSample]:
@@ -139,17 +103,24 @@ class SampleReader:
 class DualPreferenceDataModule(LightningDataModule):
     """Dual-preference shards as batches for a backbone: shuffled, split over ranks, every sample once per epoch.
 
-    The order depends on ``seed`` and the epoch alone, not on ranks, workers or batch size; with ``group_by_length`` it
-    depends on the batch size of all ranks together too. All ranks take equally many steps: the last batches are filled
-    up by samples of weight 0 (``PreferenceBatch.weights``), as are the places of samples that cannot be used. These are
-    logged once with shard, key and reason, and stop the run when they exceed ``max_bad_fraction`` (see
-    :class:`SkipLog`); with several ranks the sum over all ranks is checked every 64 batches and at the end of each pass
-    over the data.
+    The order depends on ``seed``, the epoch and the samples alone, not on ranks, workers or batch size; with
+    ``group_by_length`` it depends on the batch size of all ranks together too, with ``block_shards`` on how the samples
+    are spread over shards. All ranks take equally many steps: the last batches are filled up by samples of weight 0
+    (``PreferenceBatch.weights``), as are the places of samples that cannot be used. These are logged once with shard,
+    key and reason, listed in ``quarantine.jsonl`` in the run's log folder, and stop the run when they exceed
+    ``max_bad_fraction`` (see :class:`SkipLog`); with several ranks the sum over all ranks is checked every 64 batches
+    and at the end of each pass over the data.
+
+    A checkpoint knows how far the epoch had come: a resumed run goes on with the very next batch, on any number of
+    ranks, as long as the global batch (``batch_size`` x ranks x ``accumulate_grad_batches``) stays the same.
+
+    Shards may lie in remote storage (``http://``, ``https://``, ``s3://``, ``gs://``, ``hf://``): they are read a block
+    at a time, and fetched in advance to ``cache_dir``.
 
     Args:
         backbone: encodes and collates samples; every worker holds its own copy.
-        train: shards to train on: a folder with an ``index.json``, a tar file, a pattern such as ``data/*.tar``, or a
-            list of these.
+        train: shards to train on: a folder with an ``index.json`` (a path, or an address such as
+            ``s3://bucket/pairs``), a tar file, a pattern such as ``data/*.tar``, or a list of these.
         val: shards to validate on, in the same forms; None for no validation.
         batch_size: samples per batch and rank.
         eval_batch_size: samples per validation batch and rank; ``batch_size`` if None.
@@ -164,6 +135,15 @@ class DualPreferenceDataModule(LightningDataModule):
             (:meth:`ShardDataset.estimated_lengths <realign_lightning.data.ShardDataset.estimated_lengths>`). It pays
             where rows are padded (Gemma 3, PaliGemma, ``share_prefix: false``); a packed batch has no padding, and it
             only evens out steps and ranks.
+        global_batch_size: samples per optimizer step, of all ranks together. If given, the Trainer's
+            ``accumulate_grad_batches`` is set to what it takes; it must be divisible.
+        block_shards: shards that are read together. Samples are shuffled within such a block, and blocks are read one
+            after the other in random order, which suits storage that is slow at random access. None is 4 for remote
+            shards; local ones are read at random among all.
+        cache_dir: folder for fetched shards, and for a note of which local ones were checked and have not changed.
+            None is ``$REALIGN_CACHE``, or ``~/.cache/realign-lightning``.
+        cache_size_gb: most that fetched shards may take there, in 1e9 bytes.
+        transform: changes training samples before they are encoded, at random but reproducibly.
 
     Raises:
         ValueError: if an argument is out of range, or ``group_by_length`` comes with ``shuffle=False``.
@@ -188,6 +168,11 @@ class DualPreferenceDataModule(LightningDataModule):
         pin_memory: bool | None = None,
         builder: ShardBuilder | None = None,
         group_by_length: bool = False,
+        global_batch_size: int | None = None,
+        block_shards: int | None = None,
+        cache_dir: str | None = None,
+        cache_size_gb: float = 50.0,
+        transform: SampleTransform | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -195,6 +180,8 @@ class DualPreferenceDataModule(LightningDataModule):
             ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
+            ("global_batch_size", 1 if global_batch_size is None else global_batch_size, 1),
+            ("block_shards", 1 if block_shards is None else block_shards, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -205,9 +192,11 @@ class DualPreferenceDataModule(LightningDataModule):
                 "group_by_length orders samples by length and chance, got shuffle=False: set shuffle=True, or leave "
                 "group_by_length out"
             )
+        if not cache_size_gb > 0:
+            raise ValueError(f"cache_size_gb must be above 0, got {cache_size_gb}")
         # Hyperparameters go into checkpoints, which must hold nothing but plain values.
         train, val = _plain(train), None if val is None else _plain(val)
-        self.save_hyperparameters(ignore=["backbone", "builder"])
+        self.save_hyperparameters(ignore=["backbone", "builder", "transform"])
         self.backbone = backbone
         self.train_source = train
         self.val_source = val
@@ -220,6 +209,10 @@ class DualPreferenceDataModule(LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.builder = builder
+        self.global_batch_size = global_batch_size
+        self.block_shards = block_shards
+        self.transform = transform
+        self.cache = ShardCache(cache_dir or cache_folder(), int(cache_size_gb * 1e9))
         if builder is not None:
             _folder(train)
             _folder(val or "")
@@ -228,6 +221,8 @@ class DualPreferenceDataModule(LightningDataModule):
         self._truncated: dict[str, set[str]] = {"train": set(), "val": set()}
         self._pass: dict[str, tuple[Any, ...]] = {}
         self._batches = {"train": 0, "val": 0}
+        self._quarantine: Quarantine | None = None
+        self._resumed: dict[str, Any] | None = None
 
     def prepare_data(self) -> None:
         """Let the builder make what is missing; Lightning calls this in one process per machine."""
@@ -243,7 +238,12 @@ class DualPreferenceDataModule(LightningDataModule):
         Raises:
             ShardError: if shards are missing or damaged.
             BadDataError: if too many samples lack a member.
+            ValueError: if ``global_batch_size`` is not divisible, or a resumed run is given other data.
         """
+        if self._quarantine is None and self.trainer is not None:
+            self._quarantine = Quarantine(Path(self.trainer.log_dir or self.trainer.default_root_dir, QUARANTINE_NAME))
+        if stage in ("fit", None):
+            self._set_accumulation()
         if stage in ("fit", None):
             self._open("train", self.train_source)
         if stage in ("fit", "validate", None) and self.val_source is not None:
@@ -294,12 +294,146 @@ class DualPreferenceDataModule(LightningDataModule):
         """Keys of the samples this process has met whose responses were too long and were cut, by split."""
         return {split: frozenset(keys) for split, keys in self._truncated.items()}
 
+    # ---- where a run has come to
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training data is consumed, for checkpoints; every rank has to call it together.
+
+        Returns:
+            ``epoch``; ``consumed``, samples of its order that all ranks have read; what that order depends on
+            (``manifest``, ``seed``, ``shuffle``, ``group_by_length``, ``block_shards``); ``global_batch`` and
+            ``rank_batch``, samples per optimizer step and per batch of all ranks; ``skipped``, the bad samples of this
+            epoch. Empty where nothing is trained.
+        """
+        if self.trainer is None or "train" not in self._datasets or self.trainer.state.fn != "fit":
+            return {}
+        place = self._place(self.trainer)
+        met = gather([list(skip) for skip in self._skips["train"].pass_skipped])
+        return {
+            **place._asdict(),
+            **self._order_facts(),
+            "rank_batch": self._rank_batch(self.trainer),
+            "global_batch": self._rank_batch(self.trainer) * self.trainer.accumulate_grad_batches,
+            "skipped": [skip for rank in met for skip in rank] if place.consumed else [],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there in the next fit.
+
+        Args:
+            state_dict: from :meth:`state_dict`.
+
+        Raises:
+            ValueError: in the middle of an epoch, if the data, their order or the global batch are others now.
+        """
+        self._resumed = dict(state_dict)
+        if "train" in self._datasets:
+            self._check_resumed()
+
+    def _place(self, trainer: Trainer) -> Place:
+        """Where the Trainer is in the training data.
+
+        An epoch that has ended is the beginning of the next. What was accumulated since the last optimizer step is in
+        no checkpoint, so that these batches are read again.
+        """
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: int = _batch_counts(trainer)[0].processed
+        if epochs.processed == epochs.started or batches >= trainer.num_training_batches:
+            return Place(max(epochs.started, epochs.processed))
+        whole = batches - batches % trainer.accumulate_grad_batches
+        return Place(epochs.processed, whole * self._rank_batch(trainer))
+
+    def _rank_batch(self, trainer: Trainer) -> int:
+        """Samples that all ranks read in one batch each."""
+        return self.batch_size * trainer.world_size
+
+    def _order_facts(self) -> dict[str, Any]:
+        """What the order of the training samples depends on, beside the epoch."""
+        return {
+            "manifest": self._datasets["train"].shards.digest,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "group_by_length": self.group_by_length,
+            "block_shards": self._block_shards("train"),
+        }
+
+    @property
+    def _start(self) -> Place:
+        """Where training goes on."""
+        return Place() if not self._resumed else Place(self._resumed["epoch"], self._resumed["consumed"])
+
+    def _check_resumed(self) -> None:
+        """Refuse to go on in the middle of an epoch of other data, or in other steps."""
+        state, trainer = self._resumed, self.trainer
+        if not state or not state["consumed"] or trainer is None:
+            return
+        now = self._order_facts()
+        changed = [f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in now if state.get(name) != now[name]]
+        rank_batch, was = self._rank_batch(trainer), state["global_batch"]
+        batch = rank_batch * trainer.accumulate_grad_batches
+        if batch != was:
+            changed.append(
+                f"the global batch was {was} samples, is {self.batch_size} (batch_size) x {trainer.world_size} (ranks) "
+                f"x {trainer.accumulate_grad_batches} (accumulate_grad_batches) = {batch}"
+            )
+        if self.group_by_length and rank_batch != state["rank_batch"]:
+            changed.append(
+                f"group_by_length made batches of {state['rank_batch']} samples of all ranks, would make {rank_batch}"
+            )
+        if changed:
+            raise ValueError(
+                f"The checkpoint was made in the middle of epoch {state['epoch']}, after {state['consumed']} samples, "
+                f"and the run cannot go on from there with other data or steps: {'; '.join(changed)}. Restore what has "
+                "changed, or start from a checkpoint of an epoch's end."
+            )
+
+    def _set_accumulation(self) -> None:
+        """Let the Trainer accumulate as many batches as ``global_batch_size`` takes."""
+        if self.global_batch_size is None or self.trainer is None:
+            return
+        step = self._rank_batch(self.trainer)
+        batches, rest = divmod(self.global_batch_size, step)
+        if rest or not batches:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by batch_size={self.batch_size} x "
+                f"{self.trainer.world_size} ranks = {step}: change one of them"
+            )
+        if self.trainer.accumulate_grad_batches not in (1, batches):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} takes accumulate_grad_batches={batches}, and the Trainer "
+                f"has {self.trainer.accumulate_grad_batches}: leave one of them out"
+            )
+        self.trainer.accumulate_grad_batches = batches
+
+    # ---- reading
+
     def _open(self, split: str, source: str | list[str]) -> None:
         if split not in self._datasets:
-            dataset = ShardDataset(source, self.backbone)
-            total = len(dataset) + len(dataset.skipped)
-            self._skips[split] = SkipLog(total, self.max_bad_fraction, dataset.skipped)
+            transform = self.transform if split == "train" else None
+            dataset = ShardDataset(source, self.backbone, self.cache, transform, self.seed)
+            if self._quarantine is not None:
+                self._quarantine.add(split, dataset.skipped)
+            self._skips[split] = SkipLog(dataset.shards.total, self.max_bad_fraction, dataset.skipped)
             self._datasets[split] = dataset
+            if (blocks := self._blocks(split)) is not None:
+                dataset.shards.check_room(blocks.shards(None))
+        if split == "train":
+            self._check_resumed()
+
+    def _block_shards(self, split: str) -> int | None:
+        """Shards per block, None where all are read at random."""
+        return self.block_shards or (_REMOTE_BLOCK if self._datasets[split].shards.is_remote else None)
+
+    def _blocks(self, split: str) -> Blocks | None:
+        size = self._block_shards(split)
+        if size is None:
+            return None
+        if self.group_by_length and split == "train":
+            raise ValueError(
+                "group_by_length measures every sample before training and orders them all: it does not go together "
+                "with remote shards or block_shards"
+            )
+        return Blocks(self._datasets[split].shards.counts, size)
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader[EncodedSample]:
         if split not in self._datasets:
@@ -307,13 +441,25 @@ class DualPreferenceDataModule(LightningDataModule):
         dataset = self._datasets[split]
         trainer = self.trainer
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        current_epoch = None if trainer is None else lambda: trainer.current_epoch
+        start = self._start if split == "train" else Place()
+        if split == "train" and trainer is not None:
+            self._go_on(trainer)
         lengths = dataset.estimated_lengths() if self.group_by_length and split == "train" else None
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=batch_size,
             sampler=EpochSampler(
-                len(dataset), world_size, rank, self.seed, shuffle, current_epoch, lengths, batch_size
+                len(dataset),
+                world_size,
+                rank,
+                self.seed,
+                shuffle,
+                # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
+                None if trainer is None else lambda: max(trainer.current_epoch, start.epoch),
+                lengths,
+                batch_size,
+                self._blocks(split),
+                start,
             ),
             num_workers=self.num_workers,
             collate_fn=self.backbone.collate,
@@ -323,9 +469,27 @@ class DualPreferenceDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def _go_on(self, trainer: Trainer) -> None:
+        """Let the Trainer, and the count of bad samples, know how many batches of the epoch are behind."""
+        state = self._resumed
+        if not state or not state["consumed"]:
+            return
+        batches = state["consumed"] // self._rank_batch(trainer)
+        current, total = _batch_counts(trainer)
+        more = batches - current.processed
+        for count in (current, total):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(count, name, getattr(count, name) + more)
+        self._batches["train"] = batches
+        self._pass["train"] = (state["epoch"],)
+        if trainer.global_rank == 0:
+            self._skips["train"].resume(SkippedSample(*skip) for skip in state["skipped"])
+
     def _count(self, trainer: Trainer, split: str, batch: PreferenceBatch) -> None:
         self._begin_pass_if_new(trainer, split)
         self._skips[split].add(batch.skipped)
+        if batch.skipped and self._quarantine is not None:
+            self._quarantine.add(split, batch.skipped)
         self._count_truncated(split, batch)
         self._batches[split] += 1
         ends_pass = self._batches[split] == self._batches_per_pass(trainer, split)
@@ -366,6 +530,12 @@ class DualPreferenceDataModule(LightningDataModule):
     def _batches_per_pass(self, trainer: Trainer, split: str) -> int:
         rows = self.batch_size if split == "train" else self.eval_batch_size
         return -(-len(self._datasets[split]) // (rows * trainer.world_size))
+
+
+def _batch_counts(trainer: Trainer) -> tuple[Any, Any]:
+    """The Trainer's counts of training batches, in this epoch and in all."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current, progress.total
 
 
 def _folder(source: str | list[str]) -> str:

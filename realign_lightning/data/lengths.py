@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.scan import StoredSample
 from realign_lightning.data.schema import IMAGE_PARTS, JSON_PART, image_size, parse_record, split_member_name
 from realign_lightning.types import Prompt, SampleError
 
@@ -57,7 +56,7 @@ def measure_sample(members: Mapping[str, bytes]) -> SampleSize:
     return SampleSize(prompt, chosen, rejected, image, retrieved)
 
 
-def estimate_lengths(samples: Sequence[StoredSample], backbone: Backbone) -> np.ndarray:
+def estimate_lengths(read: Callable[[int], Mapping[str, bytes]], count: int, backbone: Backbone) -> np.ndarray:
     """Roughly how many tokens the longest of a sample's three rows has, without encoding anything.
 
     Texts count a token per :data:`BYTES_PER_TOKEN` bytes, images what
@@ -66,22 +65,23 @@ def estimate_lengths(samples: Sequence[StoredSample], backbone: Backbone) -> np.
     shows when it takes longer than two seconds.
 
     Args:
-        samples: where they are stored.
+        read: contents by member name of a stored sample, by its number.
+        count: how many there are.
         backbone: what they will be encoded for.
 
     Returns:
-        (len(samples),) float64; 0 for a sample that cannot be read, which is named when its turn comes.
+        (count,) float64; 0 for a sample that cannot be read, which is named when its turn comes.
     """
     sizes: dict[int, SampleSize] = {}
-    for index, sample in enumerate(tqdm(samples, desc="measuring samples", unit="sample", delay=2, leave=False)):
+    for index in tqdm(range(count), desc="measuring samples", unit="sample", delay=2, leave=False):
         try:
-            sizes[index] = measure_sample(sample.read())
+            sizes[index] = measure_sample(read(index))
         except SampleError:
             # Skipping it, with name and reason, is left to the reader: it does so for every kind of bad sample.
             continue
     distinct = sorted({image for size in sizes.values() for image in (size.image, size.retrieved)})
     image_tokens = dict(zip(distinct, backbone.image_lengths(distinct), strict=True))
-    lengths = np.zeros(len(samples))
+    lengths = np.zeros(count)
     for index, size in sizes.items():
         prompt, chosen, rejected = (count / BYTES_PER_TOKEN for count in size[:3])
         image, retrieved = image_tokens[size.image], image_tokens[size.retrieved]

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from realign_lightning.data.schema import missing_parts, split_member_name
 
-_BLOCK = tarfile.BLOCKSIZE
+BLOCK = tarfile.BLOCKSIZE
+"""Bytes of a tar's blocks: a header is one, contents are filled up to whole ones."""
+
 _CHUNK = 1 << 20
 
 
@@ -165,8 +167,8 @@ def check_end(path: Path, last: Member, size: int) -> None:
     Raises:
         ShardError: if the tar is cut or damaged there.
     """
-    end = last.offset + -(-last.size // _BLOCK) * _BLOCK
-    if size - end < 2 * _BLOCK:
+    end = last.offset + -(-last.size // BLOCK) * BLOCK
+    if size - end < 2 * BLOCK:
         raise ShardError(f"shard {path} is cut: it ends without an end-of-archive marker after member {last.name!r}")
     with path.open("rb") as file:
         file.seek(end)

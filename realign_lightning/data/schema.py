@@ -19,6 +19,7 @@ import io
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -39,6 +40,9 @@ IMAGE_PARTS = ("image", "retrieved")
 
 JSON_PART = "json"
 """Name of the text member of a sample."""
+
+MAX_DEPTH = 100
+"""JSON that is nested more deeply is refused; below what any function of Python's that follows it can take."""
 
 MAX_PIXELS = 8192 * 8192
 """Larger images are refused; below the size at which Pillow starts to warn of decompression bombs."""
@@ -254,7 +258,7 @@ def load_json(data: bytes) -> Any:
         The parsed value.
 
     Raises:
-        ValueError: if it is not strict JSON in UTF-8 without a byte order mark.
+        ValueError: if it is not strict JSON in UTF-8 without a byte order mark, or nested too deeply.
 
     Example:
         >>> load_json(b'{"a": 1, "a": 2}')
@@ -262,7 +266,7 @@ def load_json(data: bytes) -> Any:
         ValueError: the name 'a' occurs twice in one JSON object
     """
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique_names,
             parse_constant=_refuse_constant,
@@ -270,6 +274,10 @@ def load_json(data: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
+    # Few brackets cannot be nested deeply, and counting bytes costs next to nothing.
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+        raise ValueError(f"the JSON is nested too deeply: more than {MAX_DEPTH} levels")
+    return value
 
 
 def parse_record(data: bytes) -> dict[str, Any]:
@@ -290,10 +298,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
         raise SampleError(f"the JSON member cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise SampleError(f"the JSON member must be an object, got {_kind(record)}")
-    try:
-        _check_plain(record, "the JSON member")
-    except RecursionError as error:
-        raise SampleError("the JSON member is nested too deeply") from error
+    _check_plain(record, "the JSON member")
     for name in ("prompt", "chosen", "rejected"):
         if name not in record:
             raise SampleError(f"the JSON member lacks {name!r}")
@@ -312,7 +317,8 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode a JPEG, PNG or WebP file to plain RGB, the way it is meant to be seen.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greys are rescaled. The file's content
-    decides, whatever its name says.
+    decides, whatever its name says. Metadata that cannot be read is passed over with Pillow's warning: the picture is
+    then as it is stored, which is how viewers show it.
 
     Args:
         data: the image file.
@@ -334,7 +340,8 @@ def decode_image(data: bytes) -> Image.Image:
             if picture.format == "PNG" and _PNG_END not in data:
                 raise SampleError("not a readable JPEG, PNG or WebP image: the PNG is truncated")
             return to_rgb(picture)
-        except SampleError:
+        # Too little memory says nothing of the image: a good sample would be dropped.
+        except (SampleError, MemoryError):
             raise
         # Pillow's decoders raise almost any type on broken input; each means that this image cannot be read.
         except Exception as error:
@@ -457,6 +464,17 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether parsed JSON is nested more deeply than ``limit``; level by level, since recursion may not get there."""
+    level = [value]
+    for _ in range(limit + 1):
+        lists = [item for item in level if isinstance(item, dict | list)]
+        if not lists:
+            return False
+        level = [inner for item in lists for inner in (item.values() if isinstance(item, dict) else item)]
+    return True
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -563,6 +581,9 @@ def _check_rank(value: Any, name: str) -> None:
 def _check_number(value: Any, name: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise SampleError(f"{name} must be a number, got {_kind(value)}")
+    # Whole numbers have no limit in JSON, and those beyond a float's fail wherever they are used.
+    if abs(value) > sys.float_info.max:
+        raise SampleError(f"{name} is too large for a float")
 
 
 def _check_masked(value: Any, name: str) -> None:

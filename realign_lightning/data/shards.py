@@ -5,59 +5,22 @@ The shards are WebDataset tars (https://github.com/webdataset/webdataset); stock
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import webdataset
-from tqdm import tqdm
+from PIL import Image
 
-from realign_lightning.data.scan import ShardError, scan_shard
-from realign_lightning.data.schema import SCHEMA_VERSION, ImageFormat, encode_members, load_json, split_member_name
+from realign_lightning.backbones.files import write_text
+from realign_lightning.data.manifest import INDEX_NAME, ShardIndex, ShardInfo, measure_shard
+from realign_lightning.data.scan import ShardError
+from realign_lightning.data.schema import ImageFormat, encode_members, split_member_name, to_rgb
 from realign_lightning.types import PreferenceSample
-
-INDEX_NAME = "index.json"
-"""File beside the shards that lists them; written last."""
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the index says of one shard.
-
-    Args:
-        name: file name within the folder.
-        samples: samples it holds.
-        bytes: its size.
-        sha256: its SHA-256, hexadecimal.
-    """
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The content of ``index.json``.
-
-    Args:
-        shards: the shards, in reading order.
-        built_with: how they were built, plain JSON values.
-        schema_version: version of the shard contract.
-    """
-
-    shards: tuple[ShardInfo, ...]
-    built_with: Mapping[str, Any]
-    schema_version: int = SCHEMA_VERSION
 
 
 def refuse_existing(folder: str | Path, overwrite: bool) -> None:
@@ -95,9 +58,11 @@ class ShardWriter:
             large photos. Original files can be passed through, see :meth:`write`.
         built_with: how the samples were made, plain JSON values; stored in the index.
         overwrite: remove an index and shards of this writer's naming that are already in the folder.
+        max_side: reduce images whose longer side has more pixels to this many, so that the loader need not do it in
+            every epoch; None keeps their size. Originals of such images are not passed through.
 
     Raises:
-        ValueError: if ``samples_per_shard`` is below 1 or ``built_with`` is not plain JSON.
+        ValueError: if ``samples_per_shard`` or ``max_side`` is below 1 or ``built_with`` is not plain JSON.
         FileExistsError: if the folder already holds shards and ``overwrite`` is False.
 
     Example:
@@ -119,9 +84,12 @@ class ShardWriter:
         image_format: ImageFormat = "png",
         built_with: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        max_side: int | None = None,
     ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+        if max_side is not None and max_side < 1:
+            raise ValueError(f"max_side must be at least 1, or None, got {max_side}")
         try:
             json.dumps(dict(built_with or {}), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -129,7 +97,8 @@ class ShardWriter:
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.image_format = image_format
-        self.built_with = dict(built_with or {})
+        self.built_with = {**(built_with or {}), **({} if max_side is None else {"max_side": max_side})}
+        self.max_side = max_side
         self._keys: set[str] = set()
         self._shards: list[ShardInfo] = []
         self._samples = 0
@@ -160,6 +129,8 @@ class ShardWriter:
             SampleError: if the sample breaks the contract; nothing of it is written.
             ValueError: if its key was written before.
         """
+        sample, image = self._reduced(sample, "image", image)
+        sample, retrieved = self._reduced(sample, "retrieved", retrieved)
         members = encode_members(sample, self.image_format, image, retrieved)
         if sample.key in self._keys:
             raise ValueError(f"key {sample.key!r} was already written; keys must be unique within a set of shards")
@@ -186,13 +157,20 @@ class ShardWriter:
         if not self._shards:
             raise ValueError(f"no sample was written to {self.folder}; a set of shards needs at least one")
         index = ShardIndex(tuple(self._shards), self.built_with)
-        text = json.dumps(asdict(index), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        temporary = self.folder / f".{INDEX_NAME}.partial"
-        with temporary.open("wb") as file:
-            file.write(text.encode("utf-8"))
-            _sync(file)
-        temporary.replace(self.folder / INDEX_NAME)
+        write_text(self.folder / INDEX_NAME, index.to_text())
         return index
+
+    def _reduced(
+        self, sample: PreferenceSample, part: str, original: bytes | None
+    ) -> tuple[PreferenceSample, bytes | None]:
+        """The sample with an image no larger than ``max_side``, and its original file if that is kept."""
+        picture: Image.Image = getattr(sample, part)
+        if self.max_side is None or max(picture.size) <= self.max_side:
+            return sample, original
+        smaller = to_rgb(picture)
+        smaller.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
+        changes: dict[str, Any] = {part: smaller}
+        return dataclasses.replace(sample, **changes), None
 
     def _clear_folder(self, overwrite: bool) -> None:
         refuse_existing(self.folder, overwrite)
@@ -221,14 +199,11 @@ class ShardWriter:
         _sync(self._file)
         self._file.close()
         self._tar = self._file = None
-        if (found := len(scan_shard(self._temporary))) != self._samples:
-            raise ShardError(f"{self._temporary} holds {found} samples after {self._samples} were written; write again")
-        info = ShardInfo(
-            self._shard_name,
-            self._samples,
-            self._temporary.stat().st_size,
-            file_sha256(self._temporary),
-        )
+        info = dataclasses.replace(measure_shard(self._temporary), name=self._shard_name)
+        if info.samples != self._samples:
+            raise ShardError(
+                f"{self._temporary} holds {info.samples} samples after {self._samples} were written; write again"
+            )
         self._temporary.replace(self.folder / info.name)
         self._shards.append(info)
 
@@ -241,95 +216,6 @@ class ShardWriter:
                 self._file.close()
                 self._temporary.unlink()
                 self._tar = self._file = None
-
-
-def read_index(folder: str | Path) -> ShardIndex:
-    """Read and validate the ``index.json`` of a folder of shards.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        The index. The shards themselves are not looked at.
-
-    Raises:
-        ShardError: if the folder or index is missing or the index is damaged, empty or of another schema version.
-    """
-    path = Path(folder) / INDEX_NAME
-    if not path.parent.is_dir():
-        raise ShardError(f"the folder of shards {folder} does not exist")
-    if not path.is_file():
-        raise ShardError(
-            f"{folder} has no {INDEX_NAME}: writing it was interrupted, or it is not ours; "
-            "write it again, or name the tar files themselves"
-        )
-    try:
-        content = load_json(path.read_bytes())
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ShardError(
-                f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}; write the shards again"
-            )
-        index = ShardIndex(tuple(_shard_info(entry) for entry in content["shards"]), dict(content["built_with"]))
-    except ShardError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: {type(error).__name__}: {error}; write the shards again") from error
-    names = [shard.name for shard in index.shards]
-    if not names or len(set(names)) < len(names):
-        raise ShardError(f"{path} must list at least one shard and none twice, got {names}")
-    return index
-
-
-def check_shard(path: Path, info: ShardInfo, samples: int) -> None:
-    """Compare a shard with what the index says of it.
-
-    Args:
-        path: the tar file.
-        info: its entry in the index.
-        samples: samples found in it.
-
-    Raises:
-        ShardError: if size, number of samples or SHA-256 differ.
-    """
-    size = path.stat().st_size
-    if size != info.bytes:
-        raise ShardError(f"shard {path} has {size} bytes, its index says {info.bytes}; write or copy it again")
-    if samples != info.samples:
-        raise ShardError(f"shard {path} holds {samples} samples, its index says {info.samples}; write or copy it again")
-    if file_sha256(path) != info.sha256:
-        raise ShardError(f"shard {path} differs from its index in SHA-256: it was damaged or changed; copy it again")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal; a progress bar shows when it takes longer than two seconds.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"hashing {path.name}", delay=2, leave=False)
-    with path.open("rb") as file, bar:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
-
-
-def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
-    info = ShardInfo(**entry)
-    if not isinstance(info.name, str) or not _SHARD_NAME.fullmatch(info.name):
-        raise ValueError(f"{info.name!r} is not a plain file name ending in .tar")
-    for name in ("samples", "bytes"):
-        value = getattr(info, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} of {info.name} must be a positive integer, got {value!r}")
-    if not isinstance(info.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", info.sha256):
-        raise ValueError(f"sha256 of {info.name} must be 64 hexadecimal digits, got {info.sha256!r}")
-    return info
 
 
 def _sync(file: BinaryIO) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from realign_lightning.engines.base import Answer, Engine, Question, check_positive
 from realign_lightning.engines.chat_parts import chat_messages
+from realign_lightning.trust import check_endpoint
 from realign_lightning.types import Prompt, SampleError
 
 _CUT = ("length", "content_filter")
@@ -47,7 +48,8 @@ class EndpointEngine(Engine):
             secrets.
 
     Raises:
-        ValueError: for a number that is not positive, or options that have arguments of their own or hold headers.
+        ValueError: for a number that is not positive, or options that have arguments of their own or hold headers; in
+            safe mode for an address or a key that the environment does not name.
     """
 
     is_remote = True
@@ -76,6 +78,7 @@ class EndpointEngine(Engine):
                 f"Expected `options` to be fields of a request that have no argument here, got {taken}: model, length "
                 "and temperature are arguments, and headers could hold secrets, which `api_key_env` is for."
             )
+        check_endpoint(base_url, api_key_env)
         self.model = model
         self.base_url = base_url
         self.api_key_env = api_key_env

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.data.shards import file_sha256
+from realign_lightning.backbones.files import file_sha256
 from realign_lightning.ranks import gather
 
 _NOT_THE_MODEL = ("code", "transformers", "torchvision", "pillow", "bitsandbytes", "prompt")

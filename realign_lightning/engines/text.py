@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from realign_lightning.backbones.auto import DType
-from realign_lightning.backbones.files import hash_checkpoint, hash_texts
-from realign_lightning.data.shards import file_sha256
+from realign_lightning.backbones.files import file_sha256, hash_checkpoint, hash_texts
+from realign_lightning.backbones.revisions import tell_commit
 from realign_lightning.engines.base import Answer, Engine, Question, check_positive
 from realign_lightning.engines.chat_parts import chat_messages
 from realign_lightning.engines.infill import SeededDraw
 from realign_lightning.engines.policy import best_device
+from realign_lightning.trust import is_remote_code_trusted, saying_what_is_missing, weights_options
 from realign_lightning.types import Message, Prompt, SampleError
 
 _ADVICE = "Expected a folder with a checkpoint, or a name owner/model on the hub: set `model` of the engine."
@@ -133,9 +134,10 @@ class TextEngine(Engine):
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.model, revision=self._checkpoint.get("revision")
-        )
+        with saying_what_is_missing(self.model):
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.model, revision=self._checkpoint.get("revision"), trust_remote_code=is_remote_code_trusted()
+            )
         return found
 
     @cached_property
@@ -191,12 +193,14 @@ class TextEngine(Engine):
 
     @cached_property
     def _network(self) -> PreTrainedModel:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.model,
-            revision=self._checkpoint.get("revision"),
-            dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
-            output_loading_info=True,
-        )
+        with saying_what_is_missing(self.model):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.model,
+                revision=self._checkpoint.get("revision"),
+                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+                output_loading_info=True,
+                **weights_options(),
+            )
         network: Any = loaded[0]
         missing = sorted(loaded[1]["missing_keys"])
         if missing:
@@ -273,7 +277,9 @@ def checkpoint_identity(model: str, revision: str | None = None) -> dict[str, st
     except OSError as error:
         raise OSError(f"Model {model!r} cannot be loaded: {error}\n{_ADVICE}") from error
     # The hub's cache keeps the files of a commit in a folder of its name.
-    return {"model": model, "revision": Path(config).parent.name}
+    commit = Path(config).parent.name
+    tell_commit(model, revision, commit)
+    return {"model": model, "revision": commit}
 
 
 def _hash_settings(folder: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from realign_lightning.engines.base import Answer, Engine, Question, check_positive
 from realign_lightning.engines.chat_parts import chat_messages
 from realign_lightning.engines.text import checkpoint_identity
+from realign_lightning.trust import REMOTE_CODE, check_engine_options, check_weights, is_remote_code_trusted
 from realign_lightning.types import SampleError
 
 _INSTALL = (
@@ -47,7 +48,8 @@ class VLLMEngine(Engine):
         options: further arguments of ``vllm.LLM``, for example ``{"enforce_eager": True}``.
 
     Raises:
-        ValueError: for numbers out of their range.
+        ValueError: for numbers out of their range, and options that would let a checkpoint run code of its own (in safe
+            mode for any options).
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class VLLMEngine(Engine):
             raise ValueError(f"Expected `gpu_memory_utilization` to be at most 1, got {gpu_memory_utilization}.")
         if not temperature >= 0:
             raise ValueError(f"Expected `temperature` to be 0 or above, got {temperature}.")
+        check_engine_options(options or {}, "VLLMEngine")
         self.model = model
         self.revision = revision
         self.dtype = dtype
@@ -156,12 +159,14 @@ class VLLMEngine(Engine):
     @cached_property
     def _llm(self) -> Any:
         vllm = self._vllm
+        check_weights(self.model)
         commit = self._checkpoint.get("revision")
         return vllm.LLM(
             **{
                 "model": self.model,
                 "revision": commit,
                 "tokenizer_revision": commit,
+                **({REMOTE_CODE: True} if is_remote_code_trusted() else {}),
                 "dtype": self.dtype,
                 "tensor_parallel_size": self.tensor_parallel_size,
                 "gpu_memory_utilization": self.gpu_memory_utilization,

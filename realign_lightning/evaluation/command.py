@@ -14,8 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from realign_lightning.backbones.base import Backbone
-from realign_lightning.backbones.files import hash_texts
-from realign_lightning.data.shards import file_sha256
+from realign_lightning.backbones.files import file_sha256, hash_texts
 from realign_lightning.engines.base import Engine
 from realign_lightning.engines.local import LocalEngine
 from realign_lightning.engines.policy import Policy, TrainedWeights
@@ -26,6 +25,7 @@ from realign_lightning.evaluation.report import as_table
 from realign_lightning.evaluation.run_folder import Evaluated
 from realign_lightning.evaluation.running import WORK, evaluate
 from realign_lightning.export import checkpoint_backbone, load_policy
+from realign_lightning.trust import check_weights
 
 WITH_GAPS = 3
 """Exit status when there are scores, but some questions do not count in them."""
@@ -151,6 +151,7 @@ def _of_adapter(backbone: Backbone, folder: Path) -> TrainedWeights:
         )
 
     def load() -> nn.Module:
+        check_weights(folder, ("adapter_model.safetensors",))
         peft: Any = importlib.import_module("peft")
         model: nn.Module = peft.PeftModel.from_pretrained(backbone.load_model(), str(folder))
         return model.eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from realign_lightning.data.shards import file_sha256
+from realign_lightning.backbones.files import file_sha256
 from realign_lightning.engines.worker import saying_what_is_kept
 from realign_lightning.evaluation.answer_files import match, questions_from, read_answers, write_answers
 from realign_lightning.evaluation.answer_files.writing import WrittenForm

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from realign_lightning.data.manifest import INDEX_NAME, read_index
 from realign_lightning.data.scan import ShardError, StoredSample, find_shards, scan_shard
 from realign_lightning.data.schema import decode_sample, split_member_name
-from realign_lightning.data.shards import INDEX_NAME, read_index
 from realign_lightning.inspection.differences import Range, differing, segments
 from realign_lightning.types import PreferenceSample, Prompt, SkippedSample
 

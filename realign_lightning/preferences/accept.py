@@ -12,12 +12,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from realign_lightning.backbones.files import hash_texts
+from realign_lightning.backbones.files import file_sha256, hash_texts
+from realign_lightning.backbones.revisions import cached_commit, tell_commit
 from realign_lightning.data.schema import check_response
-from realign_lightning.data.shards import file_sha256
 from realign_lightning.metrics.functional.chair import CaptionParser
 from realign_lightning.preferences.masking.base import MaskedResponse
 from realign_lightning.preferences.masking.sentences import sentence_bounds
+from realign_lightning.trust import are_pickled_weights_allowed, is_remote_code_trusted, saying_what_is_missing
 from realign_lightning.types import SampleError
 
 
@@ -100,7 +101,16 @@ class SentenceSimilarity(Similarity):
             raise ImportError(
                 "SentenceSimilarity needs sentence-transformers: install realign-lightning[build], or use WordOverlap."
             ) from error
-        return SentenceTransformer(self.model, revision=self.revision)
+        only_safe = {} if are_pickled_weights_allowed() else {"use_safetensors": True}
+        with saying_what_is_missing(self.model):
+            encoder = SentenceTransformer(
+                self.model,
+                revision=self.revision,
+                trust_remote_code=is_remote_code_trusted(),
+                model_kwargs=only_safe,
+            )
+        tell_commit(self.model, self.revision, cached_commit(self.model, self.revision, "modules.json"))
+        return encoder
 
 
 Scope = Literal["response", "sentence", "span"]

@@ -17,6 +17,7 @@ from realign_lightning.engines.worker import run_on_ranks, saying_what_is_kept
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.pipeline.plan import Plan, Prices, make_plan
 from realign_lightning.preferences.pipeline.report import BuildReport
+from realign_lightning.safe_config import reading_recipes
 
 NOTHING_CAME_OUT = 1
 """Exit status when no pair came out, or something stood in the way."""
@@ -70,7 +71,8 @@ def read_recipe(args: Sequence[str]) -> Any:
         A namespace with ``source``, ``backbone``, ``pool``, ``builder`` and the other settings.
     """
     parser = _parser()
-    return parser.instantiate(parser.parse_args(list(args)))
+    with reading_recipes(args):
+        return parser.instantiate(parser.parse_args(list(args)))
 
 
 def _exit(result: Plan | BuildReport) -> None:

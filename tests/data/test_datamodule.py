@@ -238,8 +238,10 @@ class _TwoRanks:
 
     world_size, global_rank, training, root_device = 2, 0, True, torch.device("cpu")
     current_epoch, global_step, sanity_checking = 0, 0, False
+    accumulate_grad_batches, log_dir = 1, None
 
-    def __init__(self):
+    def __init__(self, folder: Path):
+        self.default_root_dir = str(folder)
         self.strategy = self
         self.sums = 0
 
@@ -255,7 +257,7 @@ class TestSkipsOverRanks:
         """Rank 0 reads samples 0, 2, 4, 6 of 8, of which 2 and 6 are bad: with its peer's two these are half of all."""
         bad_shard(tmp_path / "a.tar", 8, {2: {"json": b""}, 6: {"json": b""}})
         data = module(tmp_path / "a.tar", batch_size=1, shuffle=False, max_bad_fraction=fraction)
-        data.trainer = _TwoRanks()
+        data.trainer = _TwoRanks(tmp_path)
         data.setup("fit")
         first, *batches, last = data.train_dataloader()
         for batch in (first, *batches):
@@ -272,7 +274,7 @@ class TestSkipsOverRanks:
         """Only half of each epoch is read: 1 bad sample of rank 0 and 1 of its peer, per epoch, never 4 together."""
         bad_shard(tmp_path / "a.tar", 8, {2: {"json": b""}, 6: {"json": b""}})
         data = module(tmp_path / "a.tar", batch_size=1, shuffle=False, max_bad_fraction=0.25)
-        data.trainer = _TwoRanks()
+        data.trainer = _TwoRanks(tmp_path)
         data.setup("fit")
         first, second, *_ = data.train_dataloader()
         for epoch in range(4):

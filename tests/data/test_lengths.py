@@ -86,7 +86,7 @@ class TestEstimate:
         assert read.estimated_lengths() is first
 
     def test_no_samples(self):
-        assert estimate_lengths([], WordBackbone()).tolist() == []
+        assert estimate_lengths(dict, 0, WordBackbone()).tolist() == []
 
 
 def lengths_of(count: int, seed: int = 0) -> np.ndarray:
@@ -106,7 +106,7 @@ def epoch(lengths, batch_size: int, world_size: int, seed: int = 0, number: int 
 
 
 def global_batches(ranks) -> list[list[int]]:
-    return [sorted(row for batch in step for row, weight in batch if weight) for step in zip(*ranks, strict=True)]
+    return [sorted(item.row for batch in step for item in batch if item.weight) for step in zip(*ranks, strict=True)]
 
 
 class TestGrouping:
@@ -181,8 +181,8 @@ class TestGrouping:
             batches = [lengths[order[start : start + 8]] for start in range(0, len(order), 8)]
             return 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
 
-        plain = padding([row for row, _ in EpochSampler(4001)])
-        grouped = padding([row for row, _ in EpochSampler(4001, lengths=lengths, batch_size=8)])
+        plain = padding([item.row for item in EpochSampler(4001)])
+        grouped = padding([item.row for item in EpochSampler(4001, lengths=lengths, batch_size=8)])
         assert plain > 0.5
         assert grouped < 0.1
 

@@ -867,7 +867,8 @@ class TestOpen:
         ("name", "content", "seen"),
         [
             ("a.jsonl", b'{"foo": 1}\n{"bar": 2}\n', r"rows with \['bar', 'foo'\]; name it: one of \['coco-captions'"),
-            ("a.jsonl", b"", "rows with nothing in them"),
+            ("a.jsonl", b"\n", "rows with nothing in them"),
+            ("a.jsonl", b"", r"a\.jsonl is empty"),
             ("a.json", b'[{"foo": 1}]', r"rows with \['foo'\]"),
             ("a.xml", b"<x/>", r"ending in '\.xml'"),
         ],

@@ -48,7 +48,7 @@ class CocoCaptions(Source):
         """Every caption in order; see :meth:`Source.read`."""
         path = Path(self.path)
         finder = ImageFinder(path.parent if self.images is None else Path(self.images))
-        files = {item["id"]: item.get("file_name") for item in _objects(path, "images")}
+        files = _files_by_image(path)
         objects = None if self.instances is None else _objects_by_image(Path(self.instances))
         prompt = read_prompt(self.prompt, "prompt")
         keys = Keys()
@@ -59,7 +59,9 @@ class CocoCaptions(Source):
                 image_id = caption.get("image_id")
                 if image_id not in files:
                     raise SampleError(f"there is no image with the id {image_id!r}")
-                image = finder.find(files[image_id], "file_name")
+                if len(files[image_id]) > 1:
+                    raise SampleError(f"several images have the id {image_id!r}: {files[image_id][:2]}")
+                image = finder.find(files[image_id][0], "file_name")
                 answer = caption.get("caption")
                 if not isinstance(answer, str):
                     raise SampleError("the annotation has no caption; is this a captions file?")
@@ -99,6 +101,15 @@ def _objects(path: Path, name: str, id_field: str = "id") -> Iterator[Mapping[st
             continue
         if isinstance(item, Mapping) and isinstance(item.get(id_field), int | str):
             yield item
+
+
+def _files_by_image(path: Path) -> dict[Any, list[Any]]:
+    """Names of the files of every image; more than one where an id was given twice."""
+    files: dict[Any, list[Any]] = {}
+    for item in _objects(path, "images"):
+        if item.get("file_name") not in (names := files.setdefault(item["id"], [])):
+            names.append(item.get("file_name"))
+    return files
 
 
 def _objects_by_image(path: Path) -> dict[Any, tuple[str, ...]]:

@@ -13,7 +13,16 @@ from realign_lightning.data.sources.coco import CocoCaptions
 from realign_lightning.data.sources.image_folder import IMAGE_ENDINGS, ImageFolder
 from realign_lightning.data.sources.llava import LlavaInstruct
 from realign_lightning.data.sources.pairs import MsSwift, Parquet, RealignJson, ShareGptRanking, TrlPreference
-from realign_lightning.data.sources.rows import LINES, Row, find_files, first_byte, json_array, parquet, read_rows
+from realign_lightning.data.sources.rows import (
+    LINES,
+    Row,
+    find_files,
+    first_byte,
+    json_array,
+    parquet,
+    parquet_errors,
+    read_rows,
+)
 from realign_lightning.data.sources.shards import Shards
 
 LAYOUTS: dict[str, type[Source]] = {
@@ -116,7 +125,9 @@ def _guess_folder(folder: Path) -> str:
 
 
 def _guess_columns(file: Path) -> str:
-    schema = parquet().read_schema(file)
+    pq = parquet()
+    with parquet_errors(file):
+        schema = pq.read_schema(file)
     names = set(schema.names)
     if {"chosen", "rejected"} <= names:
         is_text = str(schema.field("chosen").type) in ("string", "large_string")

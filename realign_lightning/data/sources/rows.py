@@ -11,7 +11,8 @@ import glob
 import itertools
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ LINES = (".jsonl", ".ndjson")
 TABLES = (*LINES, ".json", ".csv", ".tsv", ".parquet")
 """Endings of files that hold rows."""
 
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{},:]', re.DOTALL)
+# A string that does not end is one token up to the end: to look for others in it would take forever.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[][{},:]', re.DOTALL)
+_OPENING, _CLOSING = (b"[", b"{"), (b"]", b"}")
 _BOM = b"\xef\xbb\xbf"
 _BATCH_ROWS = 16
 
@@ -102,12 +105,13 @@ def json_array(path: Path, name: str | None = None) -> Iterator[bytes]:
         name: of the array, if the file holds an object; None if it holds the array itself.
 
     Raises:
-        ValueError: if the file is empty, holds no such array, or ends before the array does.
+        ValueError: if the file is empty, holds no such array or two, ends before the array does, or goes on after it.
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes); copy it again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield from _array_items(path, data, name)
+    with path.open("rb") as file:
+        # Not closed but let go: an error on its way holds what still points into it.
+        yield from _array_items(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), name)
 
 
 def parquet() -> Any:
@@ -126,16 +130,40 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
+@contextmanager
+def parquet_errors(file: Path) -> Iterator[None]:
+    """Name the file in what pyarrow raises while it reads one.
+
+    Args:
+        file: that is read in the block.
+
+    Raises:
+        ValueError: if it is damaged, or no Parquet file.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    # UnicodeDecodeError: names of columns.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged, or no Parquet file ({error}); copy it again") from error
+
+
 _Value = tuple[int, str, Any]
 """Number of the row in its file, file and number in words, and its value or the ValueError that tells what is wrong."""
 
 
 def _read_file(file: Path) -> Iterator[_Value]:
     ending = file.suffix.lower()
+    if ending in TABLES[:-1] and file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty (0 bytes); copy it again")
     if ending in LINES:
         return _lines(file)
     if ending == ".json":
-        return _array(file) if first_byte(file) == b"[" else _lines(file)
+        first = first_byte(file)
+        if not first:
+            raise ValueError(f"{file}: expected an array or lines of JSON, got white space")
+        return _array(file) if first == b"[" else _lines(file)
     if ending in (".csv", ".tsv"):
         return _cells(file, "\t" if ending == ".tsv" else ",")
     if ending == ".parquet":
@@ -171,36 +199,56 @@ def _array(file: Path) -> Iterator[_Value]:
 
 def _array_items(path: Path, data: mmap.mmap, name: str | None) -> Iterator[bytes]:
     """Follow brackets, commas and colons from one to the next; strings are passed over as a whole."""
-    level = 1 if name is None else 2
-    depth, start, inside = 0, 0, False
+    tokens = _TOKEN.finditer(data)
+    depth, found, end = 0, False, 0
     last, field = b"", b""
-    for match in _TOKEN.finditer(data):
-        token = match.group()
-        if token in (b"[", b"{"):
-            named = name is None or _is_name(field, name)
-            if not inside and token == b"[" and depth == level - 1 and named:
-                inside, start = True, match.end()
-            elif depth == 0 and (name is None or token == b"["):
+    for match in tokens:
+        token, end = match.group(), match.end()
+        if token == b"[" and (depth == 0 if name is None else depth == 1 and _is_name(field, name)):
+            if found:
+                raise ValueError(f"{path} holds its array twice; expected one")
+            found = True
+            end = yield from _items(path, data, tokens, end)
+        elif token in _OPENING:
+            if depth == 0 and (name is None or token == b"["):
                 break
             depth += 1
-        elif token in (b"]", b"}"):
+        elif token in _CLOSING:
             depth -= 1
-            if inside and depth == level - 1:
-                if rest := data[start : match.start()].strip():
-                    yield rest
-                return
-        elif token == b",":
-            if inside and depth == level:
-                yield data[start : match.start()].strip()
-                start = match.end()
         elif token == b":":
             field = last if depth == 1 else field
         else:
             last = token
-    if inside:
-        raise ValueError(f"{path} is cut: its array has no end; copy it again")
-    what = "an array" if name is None else f"an object with an array {name!r}"
-    raise ValueError(f"{path}: expected {what} in JSON")
+        if depth <= 0:
+            break
+    if not found:
+        what = "an array" if name is None else f"an object with an array {name!r}"
+        raise ValueError(f"{path}: expected {what} in JSON")
+    if depth > 0:
+        raise ValueError(f"{path} is cut: its JSON has no end; copy it again")
+    if data[end:].strip():
+        raise ValueError(f"{path} goes on after the end of its JSON, at byte {end}: {data[end : end + 40]!r}")
+
+
+def _items(path: Path, data: mmap.mmap, tokens: Iterator[re.Match[bytes]], start: int) -> Generator[bytes, None, int]:
+    """The items of an array that begins at ``start``, behind its bracket; returns where it ends."""
+    depth, after_comma = 0, False
+    for match in tokens:
+        token = match.group()
+        if token in _OPENING:
+            depth += 1
+        elif token in _CLOSING and depth:
+            depth -= 1
+        elif token in _CLOSING:
+            if token != b"]":
+                raise ValueError(f"{path} is damaged: its array ends in a brace, at byte {match.start()}")
+            if (rest := data[start : match.start()].strip()) or after_comma:
+                yield rest
+            return match.end()
+        elif token == b"," and not depth:
+            yield data[start : match.start()].strip()
+            start, after_comma = match.end(), True
+    raise ValueError(f"{path} is cut: its array has no end; copy it again")
 
 
 def _is_name(token: bytes, name: str) -> bool:
@@ -214,18 +262,37 @@ def _cells(file: Path, delimiter: str) -> Iterator[_Value]:
     # Bytes that are no UTF-8 come out as surrogates, so that they are a problem of their row alone.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
         reader = csv.DictReader(opened, delimiter=delimiter, strict=True)
-        names = reader.fieldnames or []
+        names = _column_names(file, reader)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"{file}: expected a first line with different column names, got {list(names)}")
         for number in itertools.count(1):
+            line = reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield number, f"{file.name}, row {number}", ValueError(f"the row cannot be read: {error}")
+                if "unexpected end" in str(error):
+                    raise ValueError(
+                        f"{file} is cut, or lacks a quotation mark: a cell that begins in row {number} (line {line}) "
+                        "has no end"
+                    ) from error
+                yield number, f"{file.name}, row {number}", ValueError(_unreadable(error, line, reader.line_num))
                 continue
             if row is None:
                 return
             yield number, f"{file.name}, row {number}", _checked_cells(row)
+
+
+def _column_names(file: Path, reader: csv.DictReader[str]) -> list[str]:
+    try:
+        return list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise ValueError(f"{file}: the line of column names cannot be read: {error}") from error
+
+
+def _unreadable(error: csv.Error, first: int, last: int) -> str:
+    """What is wrong with a row, and how much of the file went with it where a quotation mark is missing."""
+    lines = f"; it takes the lines {first} to {last} of the file" if last > first else ""
+    return f"the row cannot be read: {error}{lines}"
 
 
 def _checked_cells(row: dict[Any, Any]) -> Any:
@@ -241,17 +308,12 @@ def _checked_cells(row: dict[Any, Any]) -> Any:
 
 def _parquet_rows(file: Path) -> Iterator[_Value]:
     pq = parquet()
-    import pyarrow as pa
-
     number = 0
-    try:
-        with pq.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield number, f"{file.name}, row {number}", _parquet_row(batch, index)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is damaged, or no Parquet file ({error}); copy it again") from error
+    with parquet_errors(file), pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, f"{file.name}, row {number}", _parquet_row(batch, index)
 
 
 def _parquet_row(batch: Any, index: int) -> Any:

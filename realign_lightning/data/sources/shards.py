@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from realign_lightning.data.manifest import INDEX_NAME, ShardInfo, check_shard, read_index
 from realign_lightning.data.scan import Member, ShardError, StoredSample, check_end, find_shards, scan_shard
 from realign_lightning.data.schema import JSON_PART, load_json, split_member_name
-from realign_lightning.data.shards import INDEX_NAME, ShardInfo, check_shard, read_index
 from realign_lightning.data.sources.base import ImageFile, Source, SourceProblem, SourceRecord
 from realign_lightning.data.sources.chat import answer_text, read_prompt
 from realign_lightning.data.sources.image_folder import DESCRIBE
@@ -23,6 +23,8 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("json", "txt")
 _PROMPTS = ("prompt", "question")
 _ANSWERS = ("chosen", "answer", "caption")
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError)
+"""What tarfile raises on damaged headers; numbers and PAX records in them fail as they come."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Shards(Source):
 
     def _record(self, sample: StoredSample, own: bool) -> SourceRecord:
         members = {_role(member.name): member for member in sample.members}
+        if len(members) < len(sample.members):
+            raise SampleError(f"members compete for one place: {[member.name for member in sample.members]}")
         missing = [name for name in ("image", *([JSON_PART] if own else [])) if name not in members]
         if missing:
             raise SampleError(f"missing member {', '.join(missing)}")
@@ -128,7 +132,7 @@ def is_own(shard: Path) -> bool:
     try:
         with tarfile.open(shard, "r:") as tar:
             names = [header.name for header in itertools.islice(tar, 3)]
-    except (tarfile.TarError, EOFError) as error:
+    except _TAR_ERRORS as error:
         raise ShardError(f"shard {shard} is not a whole uncompressed tar ({error}); write or copy it again") from error
     if not names:
         raise ShardError(f"shard {shard} holds no samples; remove it or write it again")
@@ -156,7 +160,7 @@ def _scan_other(shard: Path) -> list[StoredSample]:
     try:
         with tarfile.open(shard, "r:") as tar:
             headers = list(tar)
-    except (tarfile.TarError, EOFError) as error:
+    except _TAR_ERRORS as error:
         raise ShardError(f"shard {shard} is damaged ({error}); write or copy it again") from error
     last = headers[-1]
     check_end(shard, Member(last.name, last.offset_data, last.size), shard.stat().st_size)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from realign_lightning.backbones.files import hash_bytes, write_json
 from realign_lightning.data.card import PICTURES, write_card
 from realign_lightning.data.convert import Pair, sample_of
+from realign_lightning.data.manifest import INDEX_NAME
 from realign_lightning.data.publish import (
     check_target,
     publish_folder,
@@ -21,7 +22,7 @@ from realign_lightning.data.publish import (
     restore_folder,
     staging_folder,
 )
-from realign_lightning.data.shards import INDEX_NAME, ShardWriter
+from realign_lightning.data.shards import ShardWriter
 from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.preferences.accept import Scope
 from realign_lightning.preferences.pipeline.drafts import Draft, Try, still_open

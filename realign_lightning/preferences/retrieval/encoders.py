@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from realign_lightning.backbones.base import Backbone, eval_mode
 from realign_lightning.engines.policy import Policy, best_device
+from realign_lightning.trust import check_weights
 
 _OF_TEXTS = ("chat_template", "max_length")
 """Of a policy's identity, what images do not depend on."""
@@ -128,7 +129,7 @@ class TimmEncoder(ImageEncoder):
     Args:
         model: its name in timm, for example ``vit_large_patch14_clip_224.openai``, the paper's CLIP ViT-L/14.
         pretrained: load the weights that belong to the name; they must be on this machine or downloadable.
-        checkpoint_path: a file of weights to load instead.
+        checkpoint_path: a file of weights to load instead, in safetensors unless pickled weights are allowed.
         batch_size: images per forward pass.
         device: where the model goes; None is a GPU where there is one.
 
@@ -170,6 +171,8 @@ class TimmEncoder(ImageEncoder):
         # A file of weights takes the place of those of the name.
         pretrained = self.pretrained and self.checkpoint_path is None
         path = self.checkpoint_path or ""
+        if path:
+            check_weights(path)
         model = _timm().create_model(self.model_name, pretrained=pretrained, checkpoint_path=path)
         # Only now: with the classifier gone before, weights that do not fit would be passed over in silence.
         model.reset_classifier(0)
