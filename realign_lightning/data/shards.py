@@ -97,7 +97,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.image_format = image_format
-        self.built_with = {**(built_with or {}), **({} if max_side is None else {"max_side": max_side})}
+        self.built_with = dict(built_with or {})
         self.max_side = max_side
         self._keys: set[str] = set()
         self._shards: list[ShardInfo] = []
@@ -156,7 +156,8 @@ class ShardWriter:
             self._finish_shard()
         if not self._shards:
             raise ValueError(f"no sample was written to {self.folder}; a set of shards needs at least one")
-        index = ShardIndex(tuple(self._shards), self.built_with)
+        reduced = {} if self.max_side is None else {"max_side": self.max_side}
+        index = ShardIndex(tuple(self._shards), {**self.built_with, **reduced})
         write_text(self.folder / INDEX_NAME, index.to_text())
         return index
 
@@ -190,7 +191,7 @@ class ShardWriter:
 
     def _open_shard(self) -> None:
         self._file = self._temporary.open("wb")
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0.0)
+        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
         self._samples = 0
 
     def _finish_shard(self) -> None:

@@ -168,15 +168,14 @@ class SampleTable:
         keys = value["keys"]
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
             raise ValueError("keys must be a list of texts")
-        if not _KEYS.fullmatch("".join(f"{key}\n" for key in keys)) or len(set(keys)) < len(keys):
+        text = "".join(f"{key}\n" for key in keys)
+        if not _KEYS.fullmatch(text) or text.count("\n") != len(keys) or len(set(keys)) < len(keys):
             raise ValueError("keys must be 1 to 80 characters A-Z a-z 0-9 _ - each, and none twice")
         offsets, sizes = (_columns(value[name], name, len(keys)) for name in ("offsets", "sizes"))
         present = offsets != _ABSENT
         wrong = (present & ((offsets < BLOCK) | (sizes < 0) | (offsets > size) | (sizes > size - offsets))).any()
         if wrong or ((sizes == _ABSENT) != ~present).any() or not present.any(axis=1).all():
-            raise ValueError(
-                "offsets and sizes must lie inside the shard, and be -1 together where a member is missing"
-            )
+            raise ValueError("offsets and sizes must lie in the shard, and be -1 together where a member is missing")
         formats = np.stack([_formats(value[part], part, len(keys)) for part in IMAGE_PARTS], axis=1)
         return cls(np.array([key.encode() for key in keys], np.bytes_), offsets, sizes, formats)
 

@@ -72,11 +72,19 @@ class Output:
         mask_token: what stands for a mask where a masked response is shown.
         scope: what similarities compare.
         samples_per_shard: pairs in every shard but the last.
+        max_side: most pixels of an image's longer side, see :class:`~realign_lightning.data.ShardWriter`.
         overwrite: whether shards of whatever origin may be replaced.
     """
 
     def __init__(
-        self, target: Path, work: Path, mask_token: str, scope: Scope, samples_per_shard: int, overwrite: bool
+        self,
+        target: Path,
+        work: Path,
+        mask_token: str,
+        scope: Scope,
+        samples_per_shard: int,
+        max_side: int | None,
+        overwrite: bool,
     ) -> None:
         self.target = target
         self.work = work
@@ -84,6 +92,7 @@ class Output:
         self.mask_token = mask_token
         self.scope = scope
         self.samples_per_shard = samples_per_shard
+        self.max_side = max_side
 
     def write(self, run: Run, settings: Mapping[str, Any], title: str) -> None:
         """Write shards, card and the list of what was left out; count all of it in the run's report.
@@ -122,7 +131,7 @@ class Output:
         publish_folder(staging, self.target)
 
     def _write_shards(self, staging: Path, run: Run, settings: Mapping[str, Any]) -> None:
-        writer = ShardWriter(staging, self.samples_per_shard)
+        writer = ShardWriter(staging, self.samples_per_shard, max_side=self.max_side)
         try:
             for draft in tqdm(list(still_open(run.drafts)), desc="write", unit="pair", delay=1, disable=not run.shows):
                 try:
