@@ -193,8 +193,12 @@ class TestFailures:
         with pytest.raises(ShardError, match="realign-lightning index --overwrite"):
             dataset(server, tmp_path)
 
-    def test_a_storage_whose_package_is_missing(self, tmp_path):
-        with pytest.raises(ShardError, match=r"pip install realign-lightning\[remote\]"):
+    def test_a_storage_whose_package_is_missing(self, tmp_path, monkeypatch):
+        def url_to_fs(address, **_):
+            raise ImportError("Install s3fs to access S3")
+
+        monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+        with pytest.raises(ShardError, match=r"Install s3fs .* pip install realign-lightning\[remote\]"):
             ShardDataset("s3://bucket/pairs", WordBackbone(), ShardCache(tmp_path / "cache", 10**9))
 
     def test_a_cache_that_cannot_be_written(self, server, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from realign_lightning.data import CroppedNegative, DualPreferenceDataModule, SampleTransform
-from tests.data.helpers import Recorder, WordBackbone, raw_members, write_shards, write_tar
+from realign_lightning.data.transform import sample_random
+from tests.conftest import alone
+from tests.data.helpers import Recorder, WordBackbone, picture, raw_members, sample, write_shards, write_tar
 from tests.data.test_datamodule import module, trainer
 
 
@@ -224,9 +228,6 @@ class TestTransform:
         assert first + self.epochs(tmp_path, 0, 2, resume=tmp_path / "a.ckpt") == seen
 
     def test_cropped_negative(self):
-        from realign_lightning.data.transform import sample_random
-        from tests.data.helpers import picture, sample
-
         whole = sample(0, image=picture(3, (200, 100)))
         areas = []
         for number in range(50):
@@ -271,12 +272,40 @@ def test_world_sizes_workers_and_shards_change_no_global_batch(tmp_path, shards)
     assert [len(step) for step in seen.pop()] == [12, 12, 11]
 
 
-def loader_of(folder: Path, rank: int, ranks: int, batch_size: int, workers: int):
+def loader_of(folder: Path, rank: int, ranks: int, batch_size: int, workers: int, epoch: int = 2):
     class Rank:
-        world_size, global_rank, current_epoch, accumulate_grad_batches = ranks, rank, 2, 1
+        world_size, global_rank, current_epoch, accumulate_grad_batches = ranks, rank, epoch, 1
         log_dir = default_root_dir = str(folder)
 
     data = DualPreferenceDataModule(WordBackbone(), str(folder), batch_size=batch_size, num_workers=workers, seed=5)
     data.trainer = Rank()
     data.setup("fit")
     return data.train_dataloader()
+
+
+def test_from_two_ranks_to_four_and_back(tmp_path):
+    """Processes for real: 3 steps of 12 an epoch, 2 epochs; stopped after 2 steps and after 5."""
+    folder = write_shards(tmp_path / "train", 35, 5)
+    expected = []
+    for epoch in (0, 1):
+        loader = loader_of(folder, 0, 1, 12, 0, epoch)
+        expected += [sorted(key for key, weight in zip(batch.keys, batch.weights, strict=True)) for batch in loader]
+    script = [sys.executable, "-m", "tests.data.resumed_ranks", str(folder), str(tmp_path)]
+    done = subprocess.run(script, env=alone(), capture_output=True, text=True, timeout=240)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    steps = []
+    for part, ranks in (("a", 2), ("b", 4), ("c", 2)):
+        texts = [(tmp_path / f"{part}-{rank}.txt").read_text() for rank in range(ranks)]
+        read = [[line.split() for line in text.split("\n")] for text in texts]
+        size = 12 // ranks
+        # The last step of an epoch has 35 - 24 samples, and one that fills up.
+        lengths = [size, size, -(-11 // ranks)] * 2
+        lengths = {"a": lengths[:2], "b": lengths[2:5], "c": lengths[5:]}[part]
+        for rank in read:
+            assert len(rank) == sum(lengths)
+        start = 0
+        for length in lengths:
+            rows = [row for rank in read for row in rank[start : start + length]]
+            steps.append(sorted(key for key, weight in rows if float(weight)))
+            start += length
+    assert steps == expected
