@@ -17,14 +17,15 @@ import torch
 from lightning.pytorch.cli import instantiate_module
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from realign_lightning.backbones import Backbone
 from realign_lightning.modules import RDPOModule
 from realign_lightning.modules.hparams import component_spec
+from realign_lightning.modules.shard_reader import ShardPlanner, ShardReader
 from realign_lightning.modules.strategy import METADATA
+from realign_lightning.safe_config import import_policy
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def _content(path: Path) -> dict[str, Any]:
 def _read_sharded(folder: Path) -> _Saved:
     missing = [name for name in (METADATA, _SHARD_INDEX) if not (folder / name).is_file()]
     if not missing:
-        reader = FileSystemReader(folder)
+        reader = ShardReader(folder)
         metadata = reader.read_metadata()
         named = {part.relative_path for part in metadata.storage_data.values()} if metadata.storage_data else set()
         missing = sorted(name for name in named if not (folder / name).is_file())
@@ -189,7 +190,7 @@ def _read_sharded(folder: Path) -> _Saved:
     with warnings.catch_warnings():
         # That this is one process, which is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load({"state_dict": weights}, storage_reader=reader, no_dist=True)
+        load({"state_dict": weights}, storage_reader=reader, planner=ShardPlanner(), no_dist=True)
     return _checked(folder, _content(folder / METADATA), weights)
 
 
@@ -229,7 +230,8 @@ def _rebuild(settings: Mapping[str, Any], merge: bool) -> RDPOModule:
         log.info("Trained in 4 bit (%s): merging into the unquantised base, since 4 bits lose the update", quantization)
         arguments["backbone"]["init_args"]["quantization"] = None
     try:
-        return instantiate_module(RDPOModule, arguments)
+        with import_policy():
+            return instantiate_module(RDPOModule, arguments)
     except argparse.ArgumentError as error:
         raise ValueError(
             f"Expected `checkpoint` to hold an RDPOModule's hyperparameters, but none can be made of them: {error}"

@@ -43,7 +43,15 @@ from realign_lightning.backbones.features import RowFeatures
 from realign_lightning.backbones.files import hash_checkpoint, hash_code, hash_processor, hash_texts
 from realign_lightning.backbones.head import token_log_probs
 from realign_lightning.backbones.packing import PACKABLE, PACKED_SDPA, Packing
+from realign_lightning.backbones.revisions import tell_commit
 from realign_lightning.backbones.sharded import named_blocks, read_shards, shard, take_over
+from realign_lightning.trust import (
+    check_attention,
+    is_remote_code_trusted,
+    refuse_remote_code,
+    saying_what_is_missing,
+    weights_options,
+)
 from realign_lightning.types import (
     VIEWS,
     EncodedSample,
@@ -78,9 +86,12 @@ class AutoBackbone(Backbone):
     template appends for the assistant's turn; where the template forgets the end-of-sequence token (LLaVA 1.5 on the
     hub does), it is added, because generation has to stop and log pi(y | x, v) includes stopping.
 
+    Weights are read from safetensors only, and code that lies beside a checkpoint is not run, unless the command line
+    says otherwise (:mod:`realign_lightning.trust`).
+
     Args:
         path: folder or hub name of a checkpoint with its processor.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; a commit never moves. What another one stood for is logged.
         dtype: weights' dtype; ``auto`` takes the checkpoint's own.
         attn_implementation: ``sdpa``, ``flash_attention_2``, ``eager`` ...; None lets transformers choose.
         quantization: ``nf4`` loads the language model in 4 bit with double quantization (QLoRA, arXiv 2305.14314);
@@ -91,7 +102,8 @@ class AutoBackbone(Backbone):
         processor_kwargs: further arguments of the processor, for example ``{"max_pixels": 602112}``.
 
     Raises:
-        ValueError: when the checkpoint has no chat template, or is no image-text-to-text decoder.
+        ValueError: when the checkpoint has no chat template, is no image-text-to-text decoder, or would need what the
+            user did not allow: code of its own, or pickled weights.
         OSError: when the path is neither a folder with a checkpoint nor a name that the hub knows.
     """
 
@@ -108,6 +120,8 @@ class AutoBackbone(Backbone):
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"Expected `max_length` to be a positive number of tokens or None, got {max_length}.")
+        refuse_remote_code(processor_kwargs, "`processor_kwargs` of the backbone")
+        check_attention(attn_implementation)
         self.path = path
         self.revision = revision
         self.dtype = dtype
@@ -127,8 +141,11 @@ class AutoBackbone(Backbone):
             found = "a folder without config.json" if folder.is_dir() else "no such folder"
             raise FileNotFoundError(f"Backbone {self.path!r}: {found}. {advice}")
         try:
-            yield
+            with saying_what_is_missing(self.path):
+                yield
         except OSError as error:
+            if self.revision is not None:
+                advice += f" `revision` {self.revision} belongs to the name it was written for; null is the newest."
             raise OSError(f"Backbone {self.path!r} cannot be loaded: {error}\n{advice}") from error
 
     # ---- processor
@@ -138,7 +155,7 @@ class AutoBackbone(Backbone):
         """The checkpoint's processor, with this backbone's chat template if one was given."""
         with self._naming_the_path():
             processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                self.path, revision=self.revision, **self.processor_kwargs
+                self.path, revision=self.revision, trust_remote_code=is_remote_code_trusted(), **self.processor_kwargs
             )
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(
@@ -531,6 +548,7 @@ class AutoBackbone(Backbone):
                 config,
                 dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
                 attn_implementation=self.attn_implementation,
+                trust_remote_code=is_remote_code_trusted(),
             )
         return self._checked(model)
 
@@ -571,10 +589,13 @@ class AutoBackbone(Backbone):
     def _config(self) -> PretrainedConfig:
         """The checkpoint's configuration, if this class can serve it."""
         with self._naming_the_path():
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, revision=self.revision)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=is_remote_code_trusted()
+            )
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{self.path!r} is an encoder-decoder ({config.model_type}); only decoders are supported.")
-        if type(config) not in AutoModelForImageTextToText._model_mapping:
+        is_remote = is_remote_code_trusted() and _AUTO_CLASS in (getattr(config, "auto_map", None) or {})
+        if type(config) not in AutoModelForImageTextToText._model_mapping and not is_remote:
             raise ValueError(
                 f"Expected {self.path!r} to be an image-text-to-text model, got {config.model_type!r}. "
                 "rDPO scores images: choose a vision-language checkpoint."
@@ -582,8 +603,8 @@ class AutoBackbone(Backbone):
         return config
 
     def _from_pretrained(self, **kwargs: Any) -> PreTrainedModel:
-        self._config()
-        kwargs = {"revision": self.revision, "dtype": self._torch_dtype(), **kwargs}
+        tell_commit(self.path, self.revision, getattr(self._config(), "_commit_hash", None))
+        kwargs = {"revision": self.revision, "dtype": self._torch_dtype(), **weights_options(), **kwargs}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         with self._naming_the_path():
@@ -848,6 +869,9 @@ _IMAGES_OF_ROWS = "images_of_rows"
 
 _SCORING_CODE = (base, features, head, packing)
 """What scores depend on, beside this file and those of families."""
+
+_AUTO_CLASS = "AutoModelForImageTextToText"
+"""What a checkpoint with a model class of its own calls it in ``auto_map``."""
 
 _PROJECTORS = {"multi_modal_projector", "connector", "aligner", "merger", "deepstack_merger_list", "image_newline"}
 """What transformers calls the parts between vision tower and language model."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from realign_lightning.backbones import AutoBackbone
 from realign_lightning.data.sources.base import ImageFile
@@ -277,8 +278,8 @@ def test_timm_encoder_is_timms_model(tmp_path):
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit").eval()
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    encoder = TimmEncoder("test_vit", checkpoint_path=str(tmp_path / "weights.pth"))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    encoder = TimmEncoder("test_vit", checkpoint_path=str(tmp_path / "weights.safetensors"))
     images = [picture(seed, (60, 40)) for seed in range(3)]
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
     with torch.no_grad():
@@ -288,11 +289,11 @@ def test_timm_encoder_is_timms_model(tmp_path):
     expected = features / features.norm(dim=1, keepdim=True)
     torch.testing.assert_close(encoder.embed(images), expected, rtol=1e-5, atol=1e-6)
     assert json.loads(json.dumps(encoder.identity)) == encoder.identity
-    same = TimmEncoder("test_vit", checkpoint_path=str(tmp_path / "weights.pth"), batch_size=1)
+    same = TimmEncoder("test_vit", checkpoint_path=str(tmp_path / "weights.safetensors"), batch_size=1)
     other = TimmEncoder("test_vit", pretrained=False)
     assert encoder.identity == same.identity != other.identity
     with pytest.raises(RuntimeError, match="Missing key"):
-        TimmEncoder("test_resnet", checkpoint_path=str(tmp_path / "weights.pth")).embed(images)
+        TimmEncoder("test_resnet", checkpoint_path=str(tmp_path / "weights.safetensors")).embed(images)
 
 
 def test_timm_encoder_names_the_extra_it_needs(monkeypatch):

@@ -30,7 +30,7 @@ def require(tagger: bool) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "CHAIR's normalizers 'opera' and 'objhal' and AMBER's nouns need NLTK, which is not installed: "
-            "pip install 'realign-lightning[eval]', or nltk>=3.9.1."
+            "pip install 'realign-lightning[eval]', or nltk>=3.10."
         ) from error
     for resource, load in ((_TAGGER, _tagger), (_DICTIONARY, _lemmatizer)):
         if resource == _TAGGER and not tagger:
