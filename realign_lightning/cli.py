@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from realign_lightning.checkpoints import check_committed, find_committed, newest_checkpoint
 from realign_lightning.data import BadDataError
+from realign_lightning.safe_config import reading_recipes
+from realign_lightning.trust import allowed_by
 
 if TYPE_CHECKING:
     from realign_lightning.estimate import Job
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {
     "build": (
@@ -38,6 +44,7 @@ COMMANDS = {
     "digit-benchmarks": ("realign_lightning.demos.benchmarks", "digit scenes in the official forms of POPE and CHAIR"),
     "estimate": ("realign_lightning.estimate", "memory, arithmetic and hours of a recipe, without its weights"),
     "export": ("realign_lightning.export", "turn a checkpoint into files for plain transformers and peft"),
+    "index": ("realign_lightning.data.indexing", "a manifest for shards that other programs wrote"),
     "inspect": ("realign_lightning.inspection", "one HTML page to look at the pairs of shards"),
     "score": ("realign_lightning.evaluation.score", "score answers that were made elsewhere"),
     "teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing"),
@@ -80,6 +87,24 @@ class RealignCLI(LightningCLI):
             help="With --ckpt_path: go on with its weights although the model settings given now are others.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without Lightning's warning about arguments that are not the process's own."""
+        self.config = parser.parse_args(args)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Checkpoints are read with ``weights_only=True``, also from URLs, where Lightning would unpickle them.
+
+        Raises:
+            ValueError: if a recipe says otherwise.
+        """
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("weights_only") is False:
+            raise ValueError(
+                "weights_only: false would run whatever code a checkpoint holds, and is refused: checkpoints of this "
+                "package hold nothing but weights and plain values. Take it out."
+            )
+        return {**kwargs, "weights_only": True}
+
     def _parse_ckpt_path(self) -> None:
         """Refuse to resume with other settings than the checkpoint's, which Lightning would take over without a word.
 
@@ -90,8 +115,10 @@ class RealignCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = command and self.config[command].get("ckpt_path")
-        if not path:
+        if not path or str(path) == "last":
+            # Where the newest lies, the Trainer's parts will tell.
             return
+        path = self.config[command].ckpt_path = _complete_path(path)
         _check_checkpoint_path(Path(path), self.config[command].trainer.strategy)
         hparams = _saved_hyperparameters(Path(path))
         if not hparams:
@@ -117,6 +144,55 @@ class RealignCLI(LightningCLI):
                 "schedule always go on as they were."
             )
 
+    def after_instantiate_classes(self) -> None:
+        """Resolve ``--ckpt_path last``: the newest complete checkpoint of this run, or none if it is to begin.
+
+        Raises:
+            FileNotFoundError: if there is none for a command that needs one.
+        """
+        command = self.subcommand
+        if command is None or str(self.config[command].get("ckpt_path")) != "last":
+            return
+        folders = _checkpoint_folders(self.trainer)
+        found = newest_checkpoint(*folders)
+        if found is None and command != "fit":
+            raise FileNotFoundError(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders))}.")
+        log.info("--ckpt_path last: %s", f"going on from {found}" if found else "no checkpoint yet, a new run begins")
+        self.config[command].ckpt_path = self.config_init[command].ckpt_path = found and str(found)
+        self._parse_ckpt_path()
+
+    def after_fit(self) -> None:
+        """Tell a scheduler that the run was preempted.
+
+        Raises:
+            SystemExit: with code 75, if it was.
+        """
+        from realign_lightning.callbacks import Preemption
+
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Preemption) and callback.preempted:
+                raise SystemExit(callback.exit_code(self.trainer))
+
+
+def _checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Where this run's callbacks write checkpoints, and those of its earlier versions have."""
+    folders = [
+        Path(callback.dirpath)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath
+    ]
+    folders.append(Path(trainer.default_root_dir, "checkpoints"))
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        # The logger's folder holds one folder per version, and a run that goes on gets a new one.
+        folders.append(Path(logger.save_dir or trainer.default_root_dir, str(logger.name)))
+    return list(dict.fromkeys(folders))
+
+
+def _complete_path(path: Any) -> str:
+    """The path, or the hidden name of what was about to get it."""
+    return str(path) if "://" in str(path) else str(find_committed(Path(path)))
+
 
 _SAME_NUMBERS = {"reference", "reference_cache"}
 """Model settings that a resumed run may change without a word: wherever the reference comes from, it is the same."""
@@ -140,6 +216,11 @@ def _check_checkpoint_path(path: Path, strategy: Any) -> None:
             f"--ckpt_path {path} is a folder of shards, which FSDP2Strategy reads, on any number of devices: add "
             "--trainer.strategy configs/strategies/fsdp2.yaml; or make files of it by `realign-lightning export`."
         )
+    check_committed(path)
+    from realign_lightning.modules.shard_reader import ShardReader
+
+    # Refuses what would run code, before a model is loaded.
+    ShardReader(path).read_metadata()
 
 
 def _saved_hyperparameters(path: Path) -> dict[str, Any]:
@@ -198,10 +279,6 @@ def _configure_output() -> None:
 class _RecipeReader(RealignCLI):
     """Reads a recipe as ``fit`` does, and makes the module of it, but no Trainer and no data."""
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without Lightning's warning about arguments that are not the process's own."""
-        self.config = parser.parse_args(args)
-
     def _set_seed(self) -> None:
         """Leave the random generators alone."""
 
@@ -212,6 +289,9 @@ class _RecipeReader(RealignCLI):
             del settings[name]
         parts = self._parser("fit").instantiate_classes(settings, instantiate_groups=False)
         self.model = self._model_class(**parts.model)
+
+    def after_instantiate_classes(self) -> None:
+        """Look for no checkpoint."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
@@ -270,11 +350,16 @@ def run(args: Sequence[str] | None = None) -> RealignCLI | None:
         The finished LightningCLI (model, data module, trainer) of a Trainer command, None for the others.
     """
     _configure_output()
-    arguments = list(sys.argv[1:] if args is None else args)
+    with allowed_by(list(sys.argv[1:] if args is None else args)) as arguments, reading_recipes(arguments):
+        return _dispatch(arguments)
+
+
+def _dispatch(arguments: list[str]) -> RealignCLI | None:
     if arguments and arguments[0] in COMMANDS:
         command: Callable[..., Any] = importlib.import_module(COMMANDS[arguments[0]][0]).main
         command(arguments[1:], *([_read_job] if arguments[0] == "estimate" else []))
         return None
+    from realign_lightning.callbacks import Preemption
     from realign_lightning.data import DualPreferenceDataModule
     from realign_lightning.modules import RDPOModule
 
@@ -282,14 +367,18 @@ def run(args: Sequence[str] | None = None) -> RealignCLI | None:
     return RealignCLI(
         RDPOModule,
         DualPreferenceDataModule,
-        args=None if args is None else arguments,
+        args=arguments,
         auto_configure_optimizers=False,
         save_config_callback=SaveConfig,
+        trainer_defaults={"callbacks": [Preemption()]},
         # A resumed run may keep its folder.
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "realign-lightning",
             "description": "Retrieval-augmented DPO for vision-language models (Re-Align / rDPO). Start with a recipe: "
-            f"`realign-lightning fit --config recipes/digits.yaml`. Further commands with their own --help: {others}.",
+            f"`realign-lightning fit --config recipes/digits.yaml`. Further commands with their own --help: {others}. "
+            "Every command takes --trust_remote_code true (run Python code that lies beside a checkpoint) and "
+            "--allow_pickled_weights true (read weights that are not in safetensors); recipes cannot set them. For "
+            "recipes from elsewhere: REALIGN_SAFE_CONFIG=1, see SECURITY.md.",
         },
     )

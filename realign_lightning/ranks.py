@@ -74,6 +74,23 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank, on all of them alike; cheap enough for every optimizer step.
+
+    Args:
+        flag: of this rank.
+
+    >>> any_rank(False)
+    False
+    """
+    if rank_and_world_size()[1] == 1:
+        return flag
+    # In host memory: nothing waits for the device.
+    highest = torch.tensor(int(flag), dtype=torch.uint8)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=_group())
+    return bool(highest)
+
+
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """The items that are this rank's work: every one of them is one rank's.
 

@@ -147,6 +147,11 @@ class AutoBackbone(Backbone):
             if self.revision is not None:
                 advice += f" `revision` {self.revision} belongs to the name it was written for; null is the newest."
             raise OSError(f"Backbone {self.path!r} cannot be loaded: {error}\n{advice}") from error
+        # Those of transformers do not say which checkpoint they mean.
+        except ValueError as error:
+            if self.path in str(error):
+                raise
+            raise ValueError(f"Backbone {self.path!r} cannot be loaded: {error}\n{advice}") from error
 
     # ---- processor
 
@@ -197,7 +202,10 @@ class AutoBackbone(Backbone):
 
     @cached_property
     def _special_tokens(self) -> list[str]:
-        return list(self.tokenizer.all_special_tokens)
+        """What a text must not spell: the tokenizer's special tokens, and what the processor takes for a picture."""
+        marked = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        named = [value for name, value in vars(self.processor).items() if name.endswith("_token")]
+        return list(dict.fromkeys(map(str, filter(None, [*self.tokenizer.all_special_tokens, *marked, *named]))))
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:

@@ -223,6 +223,7 @@ class DualPreferenceDataModule(LightningDataModule):
         self._batches = {"train": 0, "val": 0}
         self._quarantine: Quarantine | None = None
         self._resumed: dict[str, Any] | None = None
+        self._sampler: EpochSampler | None = None
 
     def prepare_data(self) -> None:
         """Let the builder make what is missing; Lightning calls this in one process per machine."""
@@ -336,12 +337,13 @@ class DualPreferenceDataModule(LightningDataModule):
         An epoch that has ended is the beginning of the next. What was accumulated since the last optimizer step is in
         no checkpoint, so that these batches are read again.
         """
-        epochs: Any = trainer.fit_loop.epoch_progress.current
+        # The sampler's own count: the Trainer's is one ahead where it resumed at an epoch's end with a limit of steps.
+        epoch = self._start.epoch if self._sampler is None else max(self._sampler.epoch, self._start.epoch)
         batches: int = _batch_counts(trainer)[0].processed
-        if epochs.processed == epochs.started or batches >= trainer.num_training_batches:
-            return Place(max(epochs.started, epochs.processed))
+        if batches >= trainer.num_training_batches:
+            return Place(epoch + 1)
         whole = batches - batches % trainer.accumulate_grad_batches
-        return Place(epochs.processed, whole * self._rank_batch(trainer))
+        return Place(epoch, whole * self._rank_batch(trainer))
 
     def _rank_batch(self, trainer: Trainer) -> int:
         """Samples that all ranks read in one batch each."""
@@ -445,22 +447,25 @@ class DualPreferenceDataModule(LightningDataModule):
         if split == "train" and trainer is not None:
             self._go_on(trainer)
         lengths = dataset.estimated_lengths() if self.group_by_length and split == "train" else None
+        sampler = EpochSampler(
+            len(dataset),
+            world_size,
+            rank,
+            self.seed,
+            shuffle,
+            # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
+            None if trainer is None else lambda: max(trainer.current_epoch, start.epoch),
+            lengths,
+            batch_size,
+            self._blocks(split),
+            start,
+        )
+        if split == "train":
+            self._sampler = sampler
         return ResumableLoader(
             dataset,
             batch_size=batch_size,
-            sampler=EpochSampler(
-                len(dataset),
-                world_size,
-                rank,
-                self.seed,
-                shuffle,
-                # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
-                None if trainer is None else lambda: max(trainer.current_epoch, start.epoch),
-                lengths,
-                batch_size,
-                self._blocks(split),
-                start,
-            ),
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=self.backbone.collate,
             pin_memory=self.pin_memory,
@@ -476,10 +481,13 @@ class DualPreferenceDataModule(LightningDataModule):
             return
         batches = state["consumed"] // self._rank_batch(trainer)
         current, total = _batch_counts(trainer)
-        more = batches - current.processed
-        for count in (current, total):
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(count, name, getattr(count, name) + more)
+        _count_on(current, total, batches)
+        epochs: Any = trainer.fit_loop.epoch_progress
+        _count_on(epochs.current, epochs.total, state["epoch"])
+        for counts in (epochs.current, epochs.total):
+            # This epoch has begun, and not ended, whatever was counted when the checkpoint was made.
+            counts.ready = counts.started = counts.processed + 1
+        trainer.fit_loop.restarting = True
         self._batches["train"] = batches
         self._pass["train"] = (state["epoch"],)
         if trainer.global_rank == 0:
@@ -536,6 +544,14 @@ def _batch_counts(trainer: Trainer) -> tuple[Any, Any]:
     """The Trainer's counts of training batches, in this epoch and in all."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current, progress.total
+
+
+def _count_on(current: Any, total: Any, number: int) -> None:
+    """Set the Trainer's count of this epoch, or run, and add as many to the total."""
+    more = number - current.processed
+    for counts in (current, total):
+        counts.processed += more
+        counts.ready = counts.started = counts.completed = counts.processed
 
 
 def _folder(source: str | list[str]) -> str:

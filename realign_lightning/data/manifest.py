@@ -117,7 +117,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         index = ShardIndex(tuple(_shard_info(entry) for entry in content["shards"]), dict(content["built_with"]))
     except ShardError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ShardError(
             f"{where} is damaged: {type(error).__name__}: {error}; write the shards again, or make another index of "
             "them by `realign-lightning index --overwrite`"

@@ -116,7 +116,10 @@ def scan_shard(path: Path) -> list[StoredSample]:
         # "r:" never decompresses, so that offsets are offsets into the file.
         with tarfile.open(path, "r:") as tar:
             headers = [_check_member(path, header) for header in tar]
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+    except ShardError:
+        raise
+    # Numbers and records in headers that tarfile cannot read fail as they come.
+    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise ShardError(f"shard {path} is not a whole uncompressed tar ({error}); write or copy it again") from error
     if not headers:
         raise ShardError(f"shard {path} holds no samples; remove it or write it again")

@@ -50,6 +50,9 @@ MAX_PIXELS = 8192 * 8192
 MAX_ASPECT_RATIO = 200
 """Images whose longer side is more than this many times the shorter one are refused."""
 
+MAX_SCANS = 100
+"""JPEG files with more scans are refused: each takes a pass over all pixels, and few bytes. Encoders write ten."""
+
 JPEG_QUALITY = 95
 """Quality of the JPEG members that :func:`encode_members` makes."""
 
@@ -61,6 +64,8 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True},
 }
 _PNG_END = b"IEND\xae\x42\x60\x82"
+# A start of scan with one to four components, which other bytes hardly ever look like.
+_JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
@@ -327,8 +332,8 @@ def decode_image(data: bytes) -> Image.Image:
         The picture, RGB, without metadata.
 
     Raises:
-        SampleError: if it is another format, broken, truncated, animated, larger than :data:`MAX_PIXELS`, or more
-            elongated than :data:`MAX_ASPECT_RATIO`.
+        SampleError: if it is another format, broken, truncated, animated, larger than :data:`MAX_PIXELS`, more
+            elongated than :data:`MAX_ASPECT_RATIO`, or of more than :data:`MAX_SCANS` scans.
     """
     with warnings.catch_warnings():
         # Too many pixels are refused below, before anything is decompressed.
@@ -339,6 +344,8 @@ def decode_image(data: bytes) -> Image.Image:
             # Pillow lets a PNG pass whose end is cut off.
             if picture.format == "PNG" and _PNG_END not in data:
                 raise SampleError("not a readable JPEG, PNG or WebP image: the PNG is truncated")
+            if picture.format in ("JPEG", "MPO") and len(_JPEG_SCAN.findall(data)) > MAX_SCANS:
+                raise SampleError(f"the JPEG has more than {MAX_SCANS} scans, and would take very long to decode")
             return to_rgb(picture)
         # Too little memory says nothing of the image: a good sample would be dropped.
         except (SampleError, MemoryError):

@@ -281,6 +281,11 @@ def _indexed(folder: Path) -> list[Path]:
     for shard in shards:
         if not shard.is_file():
             raise ShardError(f"shard {shard} is listed in {folder / INDEX_NAME} but missing; write or copy it again")
+    if strangers := sorted(set(folder.glob("[!.]*.tar")) - set(shards)):
+        raise ShardError(
+            f"{strangers[0]} is not listed in {folder / INDEX_NAME}: remove it, name the shards to read one by one, or "
+            "list all that are there by `realign-lightning index --overwrite`"
+        )
     return shards
 
 

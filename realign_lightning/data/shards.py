@@ -5,10 +5,11 @@ The shards are WebDataset tars (https://github.com/webdataset/webdataset); stock
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -138,7 +139,8 @@ class ShardWriter:
         if self._tar is None:
             self._open_shard()
         parts = {split_member_name(name)[1]: data for name, data in members.items()}
-        self._tar.write({"__key__": sample.key, **parts})
+        with self._naming_the_shard():
+            self._tar.write({"__key__": sample.key, **parts})
         self._samples += 1
         if self._samples == self.samples_per_shard:
             self._finish_shard()
@@ -196,9 +198,10 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         assert self._file is not None  # noqa: S101 - opened together with the tar
-        self._tar.close()
-        _sync(self._file)
-        self._file.close()
+        with self._naming_the_shard():
+            self._tar.close()
+            _sync(self._file)
+            self._file.close()
         self._tar = self._file = None
         info = dataclasses.replace(measure_shard(self._temporary), name=self._shard_name)
         if info.samples != self._samples:
@@ -208,15 +211,25 @@ class ShardWriter:
         self._temporary.replace(self.folder / info.name)
         self._shards.append(info)
 
+    @contextlib.contextmanager
+    def _naming_the_shard(self) -> Iterator[None]:
+        """Errors of an open file do not say which it is."""
+        try:
+            yield
+        except OSError as error:
+            path = self.folder / self._shard_name
+            raise OSError(error.errno, f"{error.strerror or error}; {path} was not written") from error
+
     def abandon(self) -> None:
         """Drop the shard that is being written; those that are finished stay, without an index."""
         if self._file is not None:
-            try:
+            # What made writing fail fails here again, and would hide the first error.
+            with contextlib.suppress(OSError):
                 self._tar.close()
-            finally:
+            with contextlib.suppress(OSError):
                 self._file.close()
-                self._temporary.unlink()
-                self._tar = self._file = None
+            self._temporary.unlink(missing_ok=True)
+            self._tar = self._file = None
 
 
 def _sync(file: BinaryIO) -> None:

@@ -1,5 +1,6 @@
 """LightningModules: preference training."""
 
+from realign_lightning.modules.finite import NonFinite, NonFiniteError
 from realign_lightning.modules.rdpo import RDPOModule, SchedulerCallable
 from realign_lightning.modules.reference import (
     AdapterOff,
@@ -17,6 +18,8 @@ __all__ = [
     "CachedReference",
     "FSDP2Strategy",
     "FrozenCopy",
+    "NonFinite",
+    "NonFiniteError",
     "RDPOModule",
     "Reference",
     "ReferenceKind",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -28,6 +28,7 @@ from realign_lightning import scoring
 from realign_lightning.backbones.adapters import LoRA
 from realign_lightning.backbones.base import PARTS, Backbone, Part, eval_mode
 from realign_lightning.backbones.files import FileHasher, hash_code
+from realign_lightning.checkpoints import ResumePoint, check_room, make_durable
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, reward_metrics
 from realign_lightning.modules.base_scorer import BaseScorer, Surroundings
 from realign_lightning.modules.cache import (
@@ -38,6 +39,7 @@ from realign_lightning.modules.cache import (
 )
 from realign_lightning.modules.cache_pass import CachePass
 from realign_lightning.modules.card import write_card
+from realign_lightning.modules.finite import FiniteGuard, LossMarks, NonFinite, counted, name_some
 from realign_lightning.modules.hparams import component_spec
 from realign_lightning.modules.reference import AdapterOff, CachedReference, Reference, ReferenceKind, make_reference
 from realign_lightning.modules.schedule import WarmupCosine
@@ -106,10 +108,14 @@ class RDPOModule(pl.LightningModule):
             ``inductor``. The first steps take minutes; sequences of other lengths are not compiled anew.
         reference_cache: folder of the log-probs that ``reference='cached'`` computes; runs may share it. None is
             ``reference_cache`` in the Trainer's ``default_root_dir``.
+        non_finite: what to do when a loss or a gradient is NaN or infinite, found by all ranks together before the
+            optimizer moves. ``stop`` raises :class:`~realign_lightning.modules.NonFiniteError`. ``skip`` leaves the
+            whole optimizer step out, on all ranks, counts it in ``train/skipped_steps`` and stops after ten in a row.
 
     Raises:
         ValueError: for gradient checkpointing together with compilation, ``reference='adapter_off'`` without an
-            adapter, parts that cannot be trained beside one, and learning rates of unknown parts.
+            adapter, parts that cannot be trained beside one, learning rates of unknown parts, and an unknown
+            ``non_finite``.
         TypeError: for a component that cannot be described by plain values.
     """
 
@@ -127,6 +133,7 @@ class RDPOModule(pl.LightningModule):
         share_prefix: SharePrefix = "auto",
         compile_backend: str | None = None,
         reference_cache: str | None = None,
+        non_finite: NonFinite = "stop",
     ) -> None:
         super().__init__()
         # Checkpoints hold no paths but as texts.
@@ -151,6 +158,10 @@ class RDPOModule(pl.LightningModule):
         self.share_prefix: SharePrefix = share_prefix
         self.compile_backend = compile_backend
         self.reference_cache = reference_cache
+        self.non_finite: NonFinite = non_finite
+        self._finite = FiniteGuard(non_finite)
+        self._val_losses = LossMarks()
+        self._resume = ResumePoint()
         self._policy: nn.Module | None = None
         self._image_path_was_trained = False
         self._trained_at_first: set[str] = set()
@@ -315,7 +326,12 @@ class RDPOModule(pl.LightningModule):
     # ---- the cache of the reference's log-probs
 
     def on_fit_start(self) -> None:
-        """With ``reference='cached'``, compute the reference log-probs that are not there yet."""
+        """Check that checkpoints can be written; with ``reference='cached'``, compute what log-probs are missing.
+
+        Raises:
+            CheckpointError: if a folder cannot be written, or its disk is too full.
+        """
+        check_room(self.trainer, self)
         self._cache_splits(["train", "val"] if self.trainer.limit_val_batches else ["train"])
 
     def on_validation_start(self) -> None:
@@ -419,6 +435,18 @@ class RDPOModule(pl.LightningModule):
 
     # ---- training
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """No callbacks; but Lightning's own way of writing checkpoints is replaced before anything is read or written.
+
+        See :class:`~realign_lightning.checkpoints.DurableCheckpointIO`.
+        """
+        make_durable(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Forget where an earlier run stood."""
+        self._resume.forget()
+
     def score(
         self,
         batch: PreferenceBatch,
@@ -463,8 +491,10 @@ class RDPOModule(pl.LightningModule):
         return make_rows(self.backbone, self.policy, batch, views, self.share_prefix)
 
     def on_train_start(self) -> None:
-        """Forget what an interrupted run left unlogged."""
+        """Forget what an interrupted run left unlogged, and see that a resumed one is told the truth."""
+        self._resume.on_train_start(self.trainer)
         self._window = _Window()
+        self._finite.losses = LossMarks()
 
     def on_train_epoch_start(self) -> None:
         """Refuse weights that were thawed on the way where the reference is made of them.
@@ -482,25 +512,54 @@ class RDPOModule(pl.LightningModule):
                 "'cached'."
             )
 
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Go on with the random numbers of an interrupted run, before the first batch of a resumed one."""
+        self._resume.on_train_batch_start(self.trainer)
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples."""
+        """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples.
+
+        Under a Trainer it is the sum of the losses over the rows of the optimizer step's first batch, which is the mean
+        where no row is a stand-in. :meth:`on_before_optimizer_step` makes of the gradients what the mean over all
+        samples that count gives, in all accumulated batches of all ranks.
+        """
         values = self._score_losses(batch, self.loss.views)
         self._window.add({name: value.detach() for name, value in values.items()}, batch.weights)
-        return _mean(values["loss"], batch.weights) * _share_of_rank(batch.weights)
+        self._finite.losses.add(batch.keys, values["loss"].detach(), batch.weights)
+        if self._trainer is None:
+            return _mean(values["loss"], batch.weights) * _share_of_rank(batch.weights)
+        return (counted(values["loss"], batch.weights) * batch.weights).sum() / self._window.rows(batch.weights)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the means over every sample of this optimizer step: all accumulated batches of all ranks."""
-        for name, value in self._window.flush().items():
+        """Log the means over every sample of this optimizer step: all accumulated batches of all ranks.
+
+        Gradients become those of the mean loss over these samples, too. What Lightning gives is the mean over batches,
+        and over ``accumulate_grad_batches`` of them also in an epoch's last step, which may have fewer.
+
+        Raises:
+            NonFiniteError: on all ranks, if a loss or a gradient is not finite and ``non_finite`` does not skip it.
+        """
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        means, found = self._window.flush(self._finite.look(optimizer, gradients_too=not scales))
+        if self._finite.allows(found, optimizer, self.global_step):
+            _scale_gradients(optimizer, self._window.scale(self.trainer.accumulate_grad_batches))
+        else:
+            means = {}
+        if self.non_finite == "skip":
+            means["skipped_steps"] = torch.tensor(float(self._finite.skipped))
+        for name, value in means.items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name in _PROGRESS_BAR)
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""
         self._val_window = _Window()
+        self._val_losses = LossMarks()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The same on held-out samples, all three views."""
         values = self._score_losses(batch, VIEWS if self.loss.needs_reference else self.loss.views)
         self._val_window.add(values, batch.weights)
+        self._val_losses.add(batch.keys, values["loss"], batch.weights)
         return _mean(values["loss"], batch.weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -509,13 +568,18 @@ class RDPOModule(pl.LightningModule):
         Lightning's own means round the mean batch size down where ranks hold unequal numbers of samples, so they get
         what is equal on all ranks.
         """
-        for name, value in self._val_window.flush().items():
+        means, found = self._val_window.flush(self._val_losses.count()[None])
+        if found.item():
+            keys = name_some(self._val_losses.keys())
+            rank_zero_warn(f"The validation loss is not finite in {int(found)} sample(s): {keys}.")
+        for name, value in means.items():
             self.log(f"val/{name}", value, prog_bar=name in _PROGRESS_BAR, batch_size=1, sync_dist=True)
 
     def _score_losses(self, batch: PreferenceBatch, views: Sequence[ViewName]) -> dict[str, Tensor]:
         """Loss and what is logged beside it, (B,) each."""
         rows = self.make_rows(batch, views)
         policy, reference = self.score(batch, views, self.loss.needs_reference, rows)
+        policy = LogProbs(**{view: counted(value, batch.weights) for view, value in policy.items()})
         output = self.loss(policy, reference, response_lengths(batch))
         log_probs = {f"logps/{view}": value for view, value in policy.items()}
         padding = padding_fraction(batch, views, packed=rows.packing is not None).expand_as(output.losses)
@@ -606,6 +670,22 @@ class RDPOModule(pl.LightningModule):
             base = getattr(policy, "name_or_path", "unknown")
             write_card(folder, base, settings, self.adapter is not None, self.global_step if steps is None else steps)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Rebuild the module from a checkpoint, as Lightning does; nothing in it is run, wherever it comes from.
+
+        Its hyperparameters name classes: what may be imported for them, :mod:`realign_lightning.safe_config` says.
+
+        Args:
+            checkpoint_path: a file, or a URL.
+            *args: as for :class:`~lightning.pytorch.LightningModule`.
+            **kwargs: likewise; ``weights_only`` is always true.
+        """
+        from realign_lightning.safe_config import import_policy
+
+        with import_policy():
+            return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
     def clone(self, **changes: Any) -> RDPOModule:
         """A fresh, untrained module with the same settings.
 
@@ -625,6 +705,7 @@ class RDPOModule(pl.LightningModule):
             "share_prefix": self.share_prefix,
             "compile_backend": self.compile_backend,
             "reference_cache": self.reference_cache,
+            "non_finite": self.non_finite,
         }
         return type(self)(**{**arguments, **changes})
 
@@ -644,8 +725,10 @@ class RDPOModule(pl.LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only, and the name of the architecture that they belong to."""
+        """Keep trained weights only, the name of the architecture that they belong to, and all ranks' random states."""
+        self._resume.on_save_checkpoint(self.trainer, checkpoint)
         checkpoint["architecture"] = self._architecture()
+        checkpoint["non_finite_steps"] = self._finite.state_dict()
         trained = self._trained_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
@@ -679,6 +762,9 @@ class RDPOModule(pl.LightningModule):
                 f"The checkpoint does not fit this module: it was made with another backbone, a {made_with}, and this "
                 f"is a {self._architecture()}. Use the recipe that made it."
             )
+        self._finite.load_state_dict(checkpoint.get("non_finite_steps", {}))
+        if self._trainer is not None:
+            self._resume.on_load_checkpoint(self.trainer, checkpoint)
         if "state_dict" not in checkpoint:
             # A sharded checkpoint: the strategy has loaded, and compared, its weights.
             return
@@ -711,7 +797,7 @@ def _plain_class(model: nn.Module) -> Iterator[None]:
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    return (counted(values, weights) * weights).sum() / weights.sum().clamp(min=1)
 
 
 class _Window:
@@ -720,18 +806,45 @@ class _Window:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._flushed: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, weights: Tensor) -> Tensor:
+        """Rows of the first batch on the mean rank: one number for all batches and ranks of the step."""
+        if self._rows is None:
+            self._rows = sum_over_ranks(torch.full_like(weights.sum(), len(weights))) / rank_and_world_size()[1]
+        return self._rows
 
     def add(self, values: Mapping[str, Tensor], weights: Tensor) -> None:
         self._names = list(values)
-        sums = torch.stack([weights.sum(), *((value * weights).sum() for value in values.values())])
+        sums = torch.stack([weights.sum(), *((counted(value, weights) * weights).sum() for value in values.values())])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def flush(self) -> dict[str, Tensor]:
+    def scale(self, batches: int) -> float:
+        """What turns the mean over so many batches, of sums over ``rows``, into the mean over the samples flushed."""
+        if self._flushed is None:
+            return 1.0
+        rows, weight = (float(value) for value in self._flushed)
+        return rows * batches / max(weight, 1.0)
+
+    def flush(self, counts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The means, and the sum of ``counts`` over the ranks, in one message."""
         if self._sums is None:
-            return {}
-        weight, *sums = sum_over_ranks(self._sums)
-        self._sums = None
-        return {name: value / weight.clamp(min=1) for name, value in zip(self._names, sums, strict=True)}
+            return {}, counts
+        totals = sum_over_ranks(torch.cat([self._sums, counts]))
+        weight, *sums = totals[: len(self._sums)]
+        found = totals[len(self._sums) :]
+        self._flushed = None if self._rows is None else (self._rows * rank_and_world_size()[1], weight)
+        self._sums = self._rows = None
+        return {name: value / weight.clamp(min=1) for name, value in zip(self._names, sums, strict=True)}, found
+
+
+def _scale_gradients(optimizer: Optimizer, scale: float) -> None:
+    # 1 wherever nothing was filled up: nothing is rounded, and nothing is read and written.
+    for group in optimizer.param_groups if scale != 1.0 else ():
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad.mul_(scale)
 
 
 def _share_of_rank(weights: Tensor) -> Tensor:

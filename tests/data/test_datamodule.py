@@ -340,6 +340,10 @@ class TestArguments:
             "max_bad_fraction": 0.01,
             "pin_memory": None,
             "group_by_length": False,
+            "global_batch_size": None,
+            "block_shards": None,
+            "cache_dir": None,
+            "cache_size_gb": 50.0,
         }
 
     def test_checkpoint_holds_plain_values(self, tmp_path):

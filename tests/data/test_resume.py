@@ -39,7 +39,9 @@ class Stop(Callback):
         self._save(trainer, "on_train_epoch_end")
 
 
-def run(tmp_path, data: DualPreferenceDataModule, *callbacks, resume: Path | None = None, epochs: int = 3, **options):
+def run(
+    tmp_path, data: DualPreferenceDataModule, *callbacks, resume: Path | None = None, epochs: int | None = 3, **options
+):
     recorder = Recorder()
     fit = trainer(tmp_path, max_epochs=epochs, callbacks=list(callbacks), num_sanity_val_steps=0, **options)
     fit.fit(recorder, datamodule=data, ckpt_path=resume)
@@ -73,6 +75,36 @@ class TestMidEpoch:
         whole = run(tmp_path, module(folder))
         first = run(tmp_path, module(folder), Stop(tmp_path / "a.ckpt", 8, "on_train_epoch_end"))
         rest = run(tmp_path, module(folder), resume=tmp_path / "a.ckpt")
+        assert first + rest == whole
+
+    @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+    @pytest.mark.parametrize("after", [4, 8])
+    def test_with_a_limit_of_steps(self, tmp_path, hook, after):
+        """Lightning counts an epoch too many after such a resume."""
+        folder = write_shards(tmp_path / "train", 7)
+        limits = {"epochs": None, "max_steps": 14}
+        whole = run(tmp_path, module(folder), **limits)
+        first = run(tmp_path, module(folder), Stop(tmp_path / "a.ckpt", after, hook), **limits)
+        second = run(tmp_path, module(folder), Stop(tmp_path / "b.ckpt", 10), resume=tmp_path / "a.ckpt", **limits)
+        third = run(tmp_path, module(folder), resume=tmp_path / "b.ckpt", **limits)
+
+        def keys(rows):
+            return [key for _, _, key, _ in rows]
+
+        assert keys(first) + keys(second) + keys(third) == keys(whole)
+
+    def test_stopped_in_the_middle_and_saved_at_the_epochs_end(self, tmp_path):
+        """The Trainer calls it an epoch's end when it stops early; the rest of the samples is still to come."""
+
+        class StopEarly(Stop):
+            def on_train_batch_end(self, trainer, *_):
+                trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.after
+
+        folder = write_shards(tmp_path / "train", 7)
+        whole = run(tmp_path, module(folder))
+        first = run(tmp_path, module(folder), StopEarly(tmp_path / "a.ckpt", 6, "on_train_epoch_end"))
+        rest = run(tmp_path, module(folder), resume=tmp_path / "a.ckpt")
+        assert len(first) == 11
         assert first + rest == whole
 
     def test_interrupted_twice(self, tmp_path):

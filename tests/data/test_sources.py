@@ -760,7 +760,7 @@ class TestShards:
     def test_own_that_differ_from_their_index(self, tmp_path):
         write_shards(tmp_path, 2)
         (tmp_path / "shard-000000.tar").write_bytes(tar_bytes(good_members(0, 2)))
-        with pytest.raises(ShardError, match="its index says 20480"):
+        with pytest.raises(ShardError, match=r"shard-000000\.tar differs from its index"):
             list(Shards(tmp_path).read())
 
     def test_own_that_lack_something(self, tmp_path):

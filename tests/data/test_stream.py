@@ -193,6 +193,14 @@ class TestStructuralDamage:
         with pytest.raises(ShardError, match=r"shard-000001\.tar is listed in .* but missing"):
             dataset(tmp_path)
 
+    def test_shard_that_the_index_does_not_list(self, tmp_path):
+        """It would be left out in silence."""
+        write_shards(tmp_path, 2)
+        write_members(tmp_path / "more.tar", [raw_members(7, {})])
+        with pytest.raises(ShardError, match=r"more\.tar is not listed in .*index\.json: remove it, name the shards"):
+            dataset(tmp_path)
+        assert dataset([tmp_path / "shard-000000.tar", tmp_path / "more.tar"]).keys == ["000000", "000001", "000007"]
+
     @pytest.mark.parametrize(("field", "value"), [("bytes", 10), ("samples", 3)])
     def test_differs_from_the_index(self, tmp_path, field, value):
         write_shards(tmp_path, 2)

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -208,8 +209,6 @@ def test_policy_trains_in_train_mode_and_reference_in_eval_mode(backbone, tmp_pa
 
 
 def test_zero_weight_rows_do_not_count(backbone, batch):
-    import dataclasses
-
     module = module_of(backbone, adapter=LoRA(r=4, alpha=8, dropout=0.0))
     module.score(batch)
     for parameter in module.policy.parameters():
@@ -509,3 +508,29 @@ def test_impossible_modules_are_refused(backbone, tiny_llava):
         RDPOModule(backbone, loss=NamelessLoss())
     with pytest.raises(OSError, match="nowhere"):
         RDPOModule(AutoBackbone("./nowhere")).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated"),
+    [(7, 1), (4, 2), (2, 4), (1, 7), (3, 5)],
+)
+def test_a_step_is_the_mean_over_its_samples_however_they_are_spread(backbone, tmp_path, batch_size, accumulated):
+    """Seven samples in one step of plain gradient descent; the last batch, and the last step's batches, are too few."""
+
+    def weights_after(size: int, accumulate: int, broken: int | None = None) -> list[torch.Tensor]:
+        samples = [backbone.encode_sample(sample) for sample in preference_samples(7)]
+        if broken is not None:
+            samples[broken] = dataclasses.replace(samples[broken], weight=0.0)
+        settings = {"adapter": LoRA(4, 8, 0.0), "lr_scheduler": None}
+        module = module_of(backbone, optimizer=lambda weights: torch.optim.SGD(weights, lr=1.0), **settings)
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)
+        trainer.fit(module, DataLoader(samples, size, collate_fn=backbone.collate))
+        assert trainer.global_step == 2
+        return [weight.detach() for weight in module.policy.parameters() if weight.requires_grad]
+
+    for broken in (None, 2):
+        for found, expected in zip(
+            weights_after(batch_size, accumulated, broken), weights_after(7, 1, broken), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

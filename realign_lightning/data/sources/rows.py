@@ -266,7 +266,8 @@ def _cells(file: Path, delimiter: str) -> Iterator[_Value]:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"{file}: expected a first line with different column names, got {list(names)}")
         for number in itertools.count(1):
-            line = reader.line_num + 1
+            # DictReader's own count does not move with a row that fails.
+            line = reader.reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
@@ -275,7 +276,7 @@ def _cells(file: Path, delimiter: str) -> Iterator[_Value]:
                         f"{file} is cut, or lacks a quotation mark: a cell that begins in row {number} (line {line}) "
                         "has no end"
                     ) from error
-                yield number, f"{file.name}, row {number}", ValueError(_unreadable(error, line, reader.line_num))
+                yield number, f"{file.name}, row {number}", ValueError(_unreadable(error, line, reader.reader.line_num))
                 continue
             if row is None:
                 return

@@ -165,6 +165,9 @@ def _scan_other(shard: Path) -> list[StoredSample]:
     last = headers[-1]
     check_end(shard, Member(last.name, last.offset_data, last.size), shard.stat().st_size)
     for header in headers:
+        if header.issparse():
+            # Its size is not that of what stands in the tar.
+            raise ShardError(f"shard {shard}: member {header.name!r} is a sparse file; pack it again without")
         folder, slash, name = header.name.rpartition("/")
         stem, _, ending = name.partition(".")
         if not header.isreg() or not stem or ending.lower().rpartition(".")[2] not in (*_IMAGES, *_TEXTS):
