@@ -98,7 +98,12 @@ class ConversionReport:
 
 
 def convert(
-    source: Source, to: str, folder: str | Path, overwrite: bool = False, limit: int | None = None
+    source: Source,
+    to: str,
+    folder: str | Path,
+    overwrite: bool = False,
+    limit: int | None = None,
+    max_side: int | None = None,
 ) -> ConversionReport:
     """Write the complete pairs of a source.
 
@@ -109,12 +114,13 @@ def convert(
             ``{folder}.problems.jsonl``.
         overwrite: replace what this command has written there before.
         limit: rows that are read at most.
+        max_side: of shards, most pixels of an image's longer side, see :class:`~realign_lightning.data.ShardWriter`.
 
     Returns:
         What became of the rows. If no pair came out, the folder is left as it was.
 
     Raises:
-        ValueError: if the format is unknown or the limit below 1, and as the source.
+        ValueError: if the format is unknown or a number below 1, and as the source.
         FileExistsError: if there is something in the folder and ``overwrite`` is False, or something that this command
             does not write.
         OSError: if the source cannot be read, or the output not be written.
@@ -124,6 +130,8 @@ def convert(
         raise ValueError(f"to must be one of {sorted(FORMATS)}, got {to!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
+    if max_side is not None and (to != "shards" or max_side < 1):
+        raise ValueError(f"max_side is for shards and at least 1, got max_side={max_side} and to={to!r}")
     target = Path(folder).absolute()
     check_target(target, overwrite, _OURS)
     staging = staging_folder(target)
@@ -131,7 +139,8 @@ def convert(
     staging.mkdir(parents=True)
     try:
         with (target.parent / f".{target.name}.problems.partial").open("w", encoding="utf-8") as problems:
-            report = _write(source, FORMATS[to](staging), problems, limit)
+            writer = FORMATS[to](staging) if max_side is None else _Shards(staging, max_side)
+            report = _write(source, writer, problems, limit)
         report.problems = publish_problems(target, Path(problems.name))
         if report.pairs:
             publish_folder(staging, target)
@@ -162,7 +171,7 @@ def main(args: Sequence[str]) -> None:
         if Path(options.input).resolve() == Path(options.output).resolve():
             raise ValueError(f"{options.input} is read and cannot be written at the same time; give another folder")
         source = open_source(options.input, options.layout, **arguments)
-        report = convert(source, options.to, options.output, options.overwrite, options.limit)
+        report = convert(source, options.to, options.output, options.overwrite, options.limit, options.max_side)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"realign-lightning convert: {error}") from error
     sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n" if options.json else report.as_text())
@@ -197,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote to OUT")
     parser.add_argument("--limit", metavar="N", type=int, help="read at most N rows")
+    parser.add_argument(
+        "--max-side", metavar="PIXELS", type=int, help="reduce images whose longer side has more pixels (shards only)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -329,9 +341,9 @@ def _check(pair: Pair) -> None:
 class _Shards(PairWriter):
     """Our shards."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_side: int | None = None) -> None:
         super().__init__(folder)
-        self._writer = ShardWriter(folder, SAMPLES_PER_TAR, built_with={"command": "convert"})
+        self._writer = ShardWriter(folder, SAMPLES_PER_TAR, built_with={"command": "convert"}, max_side=max_side)
 
     def write(self, pair: Pair) -> None:
         self._writer.write(sample_of(pair), pair.image, pair.retrieved)

@@ -183,7 +183,7 @@ def encode_members(
         raise SampleError(f"shards hold one image per sample, and {len(sample.context)} more (context) would be lost")
     members: dict[str, bytes] = {}
     for part, picture, original in (("image", sample.image, image), ("retrieved", sample.retrieved, retrieved)):
-        data = _encode_image(picture, image_format) if original is None else original
+        data = encode_image(picture, image_format) if original is None else original
         extension = _named(part, image_extension, data)
         members[f"{sample.key}.{part}.{extension}"] = data
     members[f"{sample.key}.{JSON_PART}"] = _encode_record(sample)
@@ -431,6 +431,21 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def encode_image(picture: Image.Image, image_format: ImageFormat) -> bytes:
+    """An image file of a picture, in plain RGB.
+
+    Args:
+        picture: any picture that :func:`to_rgb` takes.
+        image_format: ``png`` and ``webp`` without loss, ``jpg`` at quality 95.
+
+    Raises:
+        SampleError: as :func:`to_rgb`.
+    """
+    buffer = io.BytesIO()
+    to_rgb(picture).save(buffer, **_SAVE_OPTIONS[image_format])
+    return buffer.getvalue()
+
+
 # ---- members
 
 
@@ -639,9 +654,3 @@ def _check_mode(picture: Image.Image) -> None:
         raise SampleError(f"pixel mode {picture.mode!r} has no faithful RGB form; expected one of {_MODES}")
     if picture.mode == "I;16" and picture.has_transparency_data:
         raise SampleError("a 16-bit image with a transparent grey value is not supported")
-
-
-def _encode_image(picture: Image.Image, image_format: ImageFormat) -> bytes:
-    buffer = io.BytesIO()
-    to_rgb(picture).save(buffer, **_SAVE_OPTIONS[image_format])
-    return buffer.getvalue()

@@ -20,7 +20,16 @@ from PIL import Image
 from realign_lightning.backbones.files import write_text
 from realign_lightning.data.manifest import INDEX_NAME, ShardIndex, ShardInfo, measure_shard
 from realign_lightning.data.scan import ShardError
-from realign_lightning.data.schema import ImageFormat, encode_members, split_member_name, to_rgb
+from realign_lightning.data.schema import (
+    ImageFormat,
+    decode_image,
+    encode_image,
+    encode_members,
+    image_extension,
+    image_size,
+    split_member_name,
+    to_rgb,
+)
 from realign_lightning.types import PreferenceSample
 
 
@@ -60,7 +69,7 @@ class ShardWriter:
         built_with: how the samples were made, plain JSON values; stored in the index.
         overwrite: remove an index and shards of this writer's naming that are already in the folder.
         max_side: reduce images whose longer side has more pixels to this many, so that the loader need not do it in
-            every epoch; None keeps their size. Originals of such images are not passed through.
+            every epoch; None keeps their size. Of an original that is too large a reduced one is stored, in its format.
 
     Raises:
         ValueError: if ``samples_per_shard`` or ``max_side`` is below 1 or ``built_with`` is not plain JSON.
@@ -166,12 +175,18 @@ class ShardWriter:
     def _reduced(
         self, sample: PreferenceSample, part: str, original: bytes | None
     ) -> tuple[PreferenceSample, bytes | None]:
-        """The sample with an image no larger than ``max_side``, and its original file if that is kept."""
+        """The sample with an image no larger than ``max_side``, and the file to store if there was an original."""
         picture: Image.Image = getattr(sample, part)
-        if self.max_side is None or max(picture.size) <= self.max_side:
+        if self.max_side is None:
             return sample, original
-        smaller = to_rgb(picture)
+        # Beside its file a picture need not be the image: what is stored is the file.
+        size = picture.size if original is None else image_size(original)
+        if max(size) <= self.max_side:
+            return sample, original
+        smaller = to_rgb(picture) if original is None else decode_image(original)
         smaller.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
+        if original is not None:
+            return sample, encode_image(smaller, image_extension(original))
         changes: dict[str, Any] = {part: smaller}
         return dataclasses.replace(sample, **changes), None
 

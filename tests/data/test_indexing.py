@@ -168,7 +168,7 @@ class TestMaxSide:
         picture(2, (640, 480)).save(original[1], quality=90)
         small, large = (path.read_bytes() for path in original)
         pair = sample(0, image=Image.open(original[0]), retrieved=Image.open(original[1]))
-        with ShardWriter(tmp_path / "out", image_format="jpg", max_side=100, built_with={"source": "test"}) as writer:
+        with ShardWriter(tmp_path / "out", max_side=100, built_with={"source": "test"}) as writer:
             writer.write(pair, small, large)
         stored = scan_shard(tmp_path / "out" / "shard-000000.tar")[0].read()
         assert stored["000000.image.jpg"] == small
@@ -178,3 +178,20 @@ class TestMaxSide:
     def test_bad_argument(self, tmp_path):
         with pytest.raises(ValueError, match="max_side must be at least 1"):
             ShardWriter(tmp_path, max_side=0)
+
+    def test_convert(self, tmp_path, capsys):
+        for number in range(2):
+            picture(number, (300, 200)).save(tmp_path / f"{number}.jpg")
+        with ShardWriter(tmp_path / "in") as writer:
+            writer.write(
+                sample(0, image=Image.open(tmp_path / "0.jpg"), retrieved=Image.open(tmp_path / "1.jpg")),
+                *((tmp_path / f"{number}.jpg").read_bytes() for number in range(2)),
+            )
+        run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--max-side", "60"])
+        stored = scan_shard(tmp_path / "out" / "shard-000000.tar")[0].read()
+        assert {name.partition(".")[2]: image_size(data) for name, data in stored.items() if "json" not in name} == {
+            "image.jpg": (60, 40),
+            "retrieved.jpg": (60, 40),
+        }
+        with pytest.raises(SystemExit, match="max_side is for shards"):
+            run(["convert", str(tmp_path / "in"), str(tmp_path / "rows"), "--to", "ms-swift", "--max-side", "60"])
