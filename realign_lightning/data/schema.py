@@ -66,6 +66,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 _PNG_END = b"IEND\xae\x42\x60\x82"
 # A start of scan with one to four components, which other bytes hardly ever look like.
 _JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
@@ -527,7 +528,7 @@ def _check_plain(value: Any, where: str) -> None:
     if isinstance(value, str):
         if "\0" in value:
             raise SampleError(f"{where} holds a NUL character")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if _SURROGATE.search(value):
             raise SampleError(f"{where} holds a lone surrogate, which is no character")
     elif isinstance(value, dict):
         for name, item in value.items():
