@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -472,6 +473,7 @@ class DualPreferenceDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             # A generator of its own: reading must not move the global random state, whatever is read.
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_keep_memory_shared,
         )
 
     def _go_on(self, trainer: Trainer) -> None:
@@ -544,6 +546,11 @@ def _batch_counts(trainer: Trainer) -> tuple[Any, Any]:
     """The Trainer's counts of training batches, in this epoch and in all."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current, progress.total
+
+
+def _keep_memory_shared(_: int) -> None:
+    """Let the garbage collector of a data worker pass over what it has from its parent, which it would copy."""
+    gc.freeze()
 
 
 def _count_on(current: Any, total: Any, number: int) -> None:

@@ -143,7 +143,7 @@ def decode_sample(members: Mapping[str, bytes]) -> PreferenceSample:
     key, parts = _split_members(members)
     record = parse_record(parts.pop(JSON_PART))
     images = {part.split(".")[0]: _named(part, decode_image, data) for part, data in parts.items()}
-    if images["image"].size == images["retrieved"].size and images["image"].tobytes() == images["retrieved"].tobytes():
+    if _are_identical(images["image"], images["retrieved"]):
         raise SampleError("the retrieved image is identical to the image: nothing to prefer")
     prompt, chosen, rejected = (record.pop(name) for name in ("prompt", "chosen", "rejected"))
     return PreferenceSample(key, images["image"], images["retrieved"], prompt, chosen, rejected, record)
@@ -420,7 +420,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         SampleError: if its pixels have no faithful 8-bit form (32-bit integers, floats, keyed 16-bit transparency).
     """
     _check_mode(picture)
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()
+    # Which Pillow would copy also where nothing is to be turned.
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode == "I;16":
         picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
     if picture.has_transparency_data:
@@ -648,6 +651,14 @@ def _check_picture(picture: Image.Image) -> None:
     # A JPEG with several pictures (MPO) is a photo with previews or depth; the first one is the photo.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise SampleError("the image is animated; store a single frame")
+
+
+def _are_identical(first: Image.Image, second: Image.Image) -> bool:
+    """Whether two RGB pictures are the same; nearly all that are not differ in their middle row."""
+    if first.size != second.size:
+        return False
+    middle = (0, first.height // 2, first.width, first.height // 2 + 1)
+    return first.crop(middle).tobytes() == second.crop(middle).tobytes() and first.tobytes() == second.tobytes()
 
 
 def _check_mode(picture: Image.Image) -> None:
