@@ -166,7 +166,10 @@ class FileHasher:
         self._known: dict[str, dict[str, Any]] = {}
         if memory is not None and memory.is_file():
             try:
-                self._known = json.loads(memory.read_bytes())
+                known = json.loads(memory.read_bytes())
+                if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+                    raise ValueError("not an object of objects")
+                self._known = known
             except ValueError as error:
                 log.warning("%s cannot be read (%s): files of weights are identified anew.", memory, error)
 

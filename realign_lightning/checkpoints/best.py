@@ -15,7 +15,7 @@ from realign_lightning.ranks import on_first_rank
 log = logging.getLogger(__name__)
 
 
-def mend_best(callback: ModelCheckpoint, resumed_from: str | Path, step: int) -> None:
+def mend_best(callback: ModelCheckpoint, resumed_from: str | Path) -> None:
     """Drop from a callback's memory what is not there, or cannot be read, after a resume.
 
     A resume from an older checkpoint names files that were removed since. All ranks call this.
@@ -23,9 +23,7 @@ def mend_best(callback: ModelCheckpoint, resumed_from: str | Path, step: int) ->
     Args:
         callback: its state was restored.
         resumed_from: the checkpoint.
-        step: optimizer steps at which it was saved; the callback does not save it once more.
     """
-    callback._last_global_step_saved = step
     named = {*callback.best_k_models, callback.best_model_path, callback.kth_best_model_path, callback.last_model_path}
     local = sorted(str(path) for path in named if path and not is_remote(path))
     gone = on_first_rank(lambda: [path for path in local if not is_readable(Path(path))])

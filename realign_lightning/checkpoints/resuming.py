@@ -92,7 +92,7 @@ class ResumePoint:
             raise ValueError(f"Expected all ranks to resume from one checkpoint, got {paths}: give its path.")
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                mend_best(callback, trainer.ckpt_path, trainer.global_step)
+                mend_best(callback, trainer.ckpt_path)
 
     def on_train_batch_start(self, trainer: pl.Trainer) -> None:
         """Restore the random states at the last moment, when nobody else draws any more; remember them at each step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,34 +13,48 @@ from torch import nn
 
 from realign_lightning.checkpoints.disk import hidden_path, make_folder
 from realign_lightning.checkpoints.plugin import CheckpointError, is_remote
+from realign_lightning.ranks import on_first_rank
+
+log = logging.getLogger(__name__)
 
 _COPIES = 3
 """Of every trained number: the weight and the two moments that Adam keeps."""
 
 
 def check_room(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Refuse to train where checkpoints could not be written.
+    """Refuse to train where checkpoints could not be written; all ranks call this.
 
-    Into every folder that gets checkpoints a file is written and removed again. The disk must hold two checkpoints,
-    since the old one goes when the new one is complete; their size is estimated from what is trained.
+    Into every folder that gets checkpoints a file is written and removed again, by the ranks that will write there. A
+    disk that does not hold a checkpoint is refused; where it may not hold two, the log warns: the old one goes when the
+    new one is complete. Their size is estimated from what is trained, with the two moments that Adam keeps of it.
 
     Args:
         trainer: about to begin to fit.
         module: with the parameters that are trained.
 
     Raises:
-        CheckpointError: if a folder cannot be written, or its disk is too full.
+        CheckpointError: on all ranks that check, if a folder cannot be written, or its disk is too full.
     """
-    needed = 2 * _COPIES * sum(one.numel() * one.element_size() for one in module.parameters() if one.requires_grad)
-    for folder in _folders(trainer):
+    weights = sum(one.numel() * one.element_size() for one in module.parameters() if one.requires_grad)
+    weights_only = all(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks)
+    needed = weights * (1 if weights_only else _COPIES)
+    folders = _folders(trainer)
+    if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        _check(folders, needed)
+    else:
+        on_first_rank(lambda: _check(folders, needed))
+
+
+def _check(folders: list[Path], needed: int) -> None:
+    for folder in folders:
         _write_into(folder)
         free = shutil.disk_usage(folder).free
+        advice = "free space, or set another `dirpath` of ModelCheckpoint (or `trainer.default_root_dir`)."
+        about = f"The disk of {folder} has {free >> 20} MiB left, and"
         if free < needed:
-            raise CheckpointError(
-                f"The disk of {folder} has {free >> 20} MiB left, and two checkpoints of this run take about "
-                f"{(needed >> 20) + 1} MiB: free space, or set another `dirpath` of ModelCheckpoint (or "
-                "`trainer.default_root_dir`)."
-            )
+            raise CheckpointError(f"{about} a checkpoint of this run takes about {(needed >> 20) + 1} MiB: {advice}")
+        if free < 2 * needed:
+            log.warning("%s two checkpoints may take %d MiB: %s", about, (2 * needed >> 20) + 1, advice)
 
 
 def _folders(trainer: pl.Trainer) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from realign_lightning.backbones.base import Backbone
@@ -225,6 +226,7 @@ class DualPreferenceDataModule(LightningDataModule):
         self._quarantine: Quarantine | None = None
         self._resumed: dict[str, Any] | None = None
         self._sampler: EpochSampler | None = None
+        self._accumulated: int | None = None
 
     def prepare_data(self) -> None:
         """Let the builder make what is missing; Lightning calls this in one process per machine."""
@@ -240,10 +242,13 @@ class DualPreferenceDataModule(LightningDataModule):
         Raises:
             ShardError: if shards are missing or damaged.
             BadDataError: if too many samples lack a member.
-            ValueError: if ``global_batch_size`` is not divisible, or a resumed run is given other data.
+            ValueError: if ``global_batch_size`` is not divisible.
         """
         if self._quarantine is None and self.trainer is not None:
             self._quarantine = Quarantine(Path(self.trainer.log_dir or self.trainer.default_root_dir, QUARANTINE_NAME))
+        if stage == "fit" and self.trainer is not None:
+            self._resumed = self._accumulated = None
+            self._begin_from_place(self.trainer)
         if stage in ("fit", None):
             self._set_accumulation()
         if stage in ("fit", None):
@@ -282,6 +287,9 @@ class DualPreferenceDataModule(LightningDataModule):
         Raises:
             BadDataError: if too many samples are bad.
         """
+        if self._accumulated is not None and self.trainer is not None and self.trainer.training:
+            # A schedule would say so itself only where an epoch begins.
+            self.trainer.accumulate_grad_batches, self._accumulated = self._accumulated, None
         if isinstance(batch, PreferenceBatch) and self.trainer is not None:
             self._count(self.trainer, "train" if self.trainer.training else "val", batch)
         return batch
@@ -307,30 +315,52 @@ class DualPreferenceDataModule(LightningDataModule):
             ``rank_batch``, samples per optimizer step and per batch of all ranks; ``skipped``, the bad samples of this
             epoch. Empty where nothing is trained.
         """
-        if self.trainer is None or "train" not in self._datasets or self.trainer.state.fn != "fit":
+        trainer = self.trainer
+        if trainer is None or "train" not in self._datasets or trainer.state.fn != "fit":
             return {}
-        place = self._place(self.trainer)
+        # Lightning replaces the sampler where it is to overfit some batches.
+        if getattr(trainer, "overfit_batches", 0):
+            return {}
+        place = self._place(trainer)
         met = gather([list(skip) for skip in self._skips["train"].pass_skipped])
         return {
             **place._asdict(),
             **self._order_facts(),
-            "rank_batch": self._rank_batch(self.trainer),
-            "global_batch": self._rank_batch(self.trainer) * self.trainer.accumulate_grad_batches,
+            "rank_batch": self._rank_batch(trainer),
+            "global_batch": self._rank_batch(trainer) * trainer.accumulate_grad_batches,
             "skipped": [skip for rank in met for skip in rank] if place.consumed else [],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there in the next fit.
+        """Go on from there in the fit that is being prepared; other stages read everything.
+
+        That the data, their order and the global batch are the same is checked before the first batch.
 
         Args:
             state_dict: from :meth:`state_dict`.
-
-        Raises:
-            ValueError: in the middle of an epoch, if the data, their order or the global batch are others now.
         """
-        self._resumed = dict(state_dict)
-        if "train" in self._datasets:
-            self._check_resumed()
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self._resumed = dict(state_dict)
+
+    def _begin_from_place(self, trainer: Trainer) -> None:
+        """Let this fit begin where a checkpoint left off.
+
+        That is known only now and then: some strategies restore checkpoints after optimizers were made, which may have
+        asked for the number of batches and so for the loader; and Lightning restores its own counts after that.
+        """
+        loop = trainer.fit_loop
+        if getattr(loop.run, "goes_on", False):
+            return
+        run = loop.run
+
+        def run_from_place() -> None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if isinstance(data, DualPreferenceDataModule):
+                data._go_on(trainer)
+            run()
+
+        run_from_place.goes_on = True  # type: ignore[attr-defined]
+        vars(loop)["run"] = run_from_place
 
     def _place(self, trainer: Trainer) -> Place:
         """Where the Trainer is in the training data.
@@ -365,19 +395,16 @@ class DualPreferenceDataModule(LightningDataModule):
         """Where training goes on."""
         return Place() if not self._resumed else Place(self._resumed["epoch"], self._resumed["consumed"])
 
-    def _check_resumed(self) -> None:
+    def _check_resumed(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         """Refuse to go on in the middle of an epoch of other data, or in other steps."""
-        state, trainer = self._resumed, self.trainer
-        if not state or not state["consumed"] or trainer is None:
-            return
         now = self._order_facts()
         changed = [f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in now if state.get(name) != now[name]]
         rank_batch, was = self._rank_batch(trainer), state["global_batch"]
-        batch = rank_batch * trainer.accumulate_grad_batches
+        batch = rank_batch * (self._accumulated or 1)
         if batch != was:
             changed.append(
                 f"the global batch was {was} samples, is {self.batch_size} (batch_size) x {trainer.world_size} (ranks) "
-                f"x {trainer.accumulate_grad_batches} (accumulate_grad_batches) = {batch}"
+                f"x {self._accumulated} (accumulate_grad_batches) = {batch}"
             )
         if self.group_by_length and rank_batch != state["rank_batch"]:
             changed.append(
@@ -414,14 +441,12 @@ class DualPreferenceDataModule(LightningDataModule):
         if split not in self._datasets:
             transform = self.transform if split == "train" else None
             dataset = ShardDataset(source, self.backbone, self.cache, transform, self.seed)
-            if self._quarantine is not None:
+            if self._quarantine is not None and self.trainer is not None and self.trainer.global_rank == 0:
                 self._quarantine.add(split, dataset.skipped)
             self._skips[split] = SkipLog(dataset.shards.total, self.max_bad_fraction, dataset.skipped)
             self._datasets[split] = dataset
             if (blocks := self._blocks(split)) is not None:
                 dataset.shards.check_room(blocks.shards(None))
-        if split == "train":
-            self._check_resumed()
 
     def _block_shards(self, split: str) -> int | None:
         """Shards per block, None where all are read at random."""
@@ -444,10 +469,8 @@ class DualPreferenceDataModule(LightningDataModule):
         dataset = self._datasets[split]
         trainer = self.trainer
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        start = self._start if split == "train" else Place()
-        if split == "train" and trainer is not None:
-            self._go_on(trainer)
-        lengths = dataset.estimated_lengths() if self.group_by_length and split == "train" else None
+        is_training = split == "train"
+        lengths = dataset.estimated_lengths() if self.group_by_length and is_training else None
         sampler = EpochSampler(
             len(dataset),
             world_size,
@@ -455,13 +478,13 @@ class DualPreferenceDataModule(LightningDataModule):
             self.seed,
             shuffle,
             # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
-            None if trainer is None else lambda: max(trainer.current_epoch, start.epoch),
+            None if trainer is None else lambda: max(trainer.current_epoch, self._start.epoch if is_training else 0),
             lengths,
             batch_size,
             self._blocks(split),
-            start,
+            (lambda: self._start) if is_training else Place,
         )
-        if split == "train":
+        if is_training:
             self._sampler = sampler
         return ResumableLoader(
             dataset,
@@ -477,10 +500,16 @@ class DualPreferenceDataModule(LightningDataModule):
         )
 
     def _go_on(self, trainer: Trainer) -> None:
-        """Let the Trainer, and the count of bad samples, know how many batches of the epoch are behind."""
+        """Let the Trainer, and the count of bad samples, know how much of the epoch is behind."""
         state = self._resumed
-        if not state or not state["consumed"]:
+        if not state:
             return
+        # A loader that was made before may have begun to read elsewhere.
+        trainer.fit_loop._combined_loader = None
+        if not state["consumed"]:
+            return
+        self._accumulated = _accumulated_batches(trainer, state["epoch"])
+        self._check_resumed(trainer, state)
         batches = state["consumed"] // self._rank_batch(trainer)
         current, total = _batch_counts(trainer)
         _count_on(current, total, batches)
@@ -546,6 +575,14 @@ def _batch_counts(trainer: Trainer) -> tuple[Any, Any]:
     """The Trainer's counts of training batches, in this epoch and in all."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current, progress.total
+
+
+def _accumulated_batches(trainer: Trainer, epoch: int) -> int:
+    """How many batches the Trainer accumulates in an epoch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def _keep_memory_shared(_: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from realign_lightning.backbones.files import write_text
-from realign_lightning.data.manifest import INDEX_NAME, ShardIndex, ShardInfo, measure_shard
+from realign_lightning.data.manifest import INDEX_NAME, SHARD_NAME, ShardIndex, ShardInfo, measure_shard
 from realign_lightning.data.scan import ShardError, find_shards
 
 
@@ -51,6 +51,9 @@ def index_shards(source: str | Path | Sequence[str | Path], overwrite: bool = Fa
     if len(folders) > 1:
         named = ", ".join(map(str, folders))
         raise ShardError(f"an index lists shards of its own folder, got shards in {named}; index each folder alone")
+    for path in paths:
+        if not SHARD_NAME.fullmatch(path.name):
+            raise ShardError(f"{path}: an index lists plain names of A-Z a-z 0-9 . _ - ending in .tar; rename it")
     target = folders[0] / INDEX_NAME
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already; pass --overwrite to replace it")

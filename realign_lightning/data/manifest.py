@@ -17,7 +17,8 @@ from realign_lightning.data.table import SampleTable
 INDEX_NAME = "index.json"
 """File beside the shards that lists them; written last."""
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
+"""Names that shards in an index may have."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _check_members(path: Path, table: SampleTable) -> None:
 
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
     info = ShardInfo(**entry)
-    if not isinstance(info.name, str) or not _SHARD_NAME.fullmatch(info.name):
+    if not isinstance(info.name, str) or not SHARD_NAME.fullmatch(info.name):
         raise ValueError(f"{info.name!r} is not a plain file name ending in .tar")
     for name in ("samples", "bytes"):
         value = getattr(info, name)

@@ -104,8 +104,8 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         lengths: length of every sample, in any unit; None does not group them.
         batch_size: samples per batch and rank; only the grouping needs it.
         blocks: shards that are read together; None reads at random among all.
-        start: where a resumed run goes on; what comes before it in its epoch is left out. Its ``consumed`` is a
-            multiple of the world size.
+        start: asked where a resumed run goes on, whenever an epoch begins; what comes before it in its epoch is left
+            out. Its ``consumed`` is a multiple of the world size.
 
     Raises:
         ValueError: if an argument is out of range, or ``lengths`` are given without ``shuffle`` or with ``blocks``.
@@ -126,7 +126,7 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         lengths: Sequence[float] | np.ndarray | None = None,
         batch_size: int = 1,
         blocks: Blocks | None = None,
-        start: Place | None = None,
+        start: Callable[[], Place] = Place,
     ) -> None:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
@@ -146,7 +146,7 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.float64)
         self._batch_size = batch_size
         self._blocks = blocks
-        self._start = Place() if start is None else start
+        self._start = start
 
     def __iter__(self) -> Iterator[SampleIndex]:
         """What this rank reads in the current epoch: ``len(self)`` items, fewer where a resumed run goes on."""
@@ -155,7 +155,8 @@ class EpochSampler(DistributedSampler[SampleIndex]):
         order, blocks = self._order()
         ends = [] if self._blocks is None else _ends(blocks, self._blocks.counts)
         block = -1
-        first = self._start.consumed if self.epoch == self._start.epoch else 0
+        start = self._start()
+        first = start.consumed if self.epoch == start.epoch else 0
         for position in range(first + self.rank, self.total_size, self.num_replicas):
             coming: tuple[int, ...] = ()
             if ends and position < self._available and (now := bisect.bisect_right(ends, position)) != block:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 """What the address of a folder of shards may begin with."""
 
-MAX_INDEX_BYTES = 1 << 32
+MAX_INDEX_BYTES = 1 << 30
 """A larger ``index.json`` is refused."""
 
 _CHUNK = 1 << 22
@@ -224,14 +224,15 @@ def _options(address: str) -> dict[str, Any]:
 
 
 class ShardCache:
-    """Shards fetched from remote storage, in a folder of this machine, never more than so many bytes.
+    """Shards fetched from remote storage, in a folder of this machine, of limited size.
 
     All processes of the machine may share the folder: a shard is fetched by one of them while the others wait. Files
     are named by their SHA-256. When room is needed, those go that were not opened for the longest time.
 
     Args:
         folder: where to keep them; made when the first shard comes.
-        max_bytes: of all shards together. A file that is still read when it goes leaves the disk when it is closed.
+        max_bytes: of all shards together; more only while several processes fetch at once and nothing else can go. A
+            file that is still read when it goes leaves the disk when it is closed.
 
     Raises:
         ValueError: if ``max_bytes`` is below 1.
@@ -363,5 +364,13 @@ class ShardCache:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
-            else:
+                return
+            except OSError as error:
+                raise ShardError(
+                    f"the folder for fetched shards {self.folder} takes no locks ({error}): set cache_dir to another"
+                ) from error
+            try:
                 yield True
+            finally:
+                # A process that was forked meanwhile would hold on to it.
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -47,6 +47,9 @@ MAX_DEPTH = 100
 MAX_PIXELS = 8192 * 8192
 """Larger images are refused; below the size at which Pillow starts to warn of decompression bombs."""
 
+MAX_JSON_BYTES = 1 << 20
+"""Larger JSON members are refused: small JSON can become very much of memory."""
+
 MAX_ASPECT_RATIO = 200
 """Images whose longer side is more than this many times the shorter one are refused."""
 
@@ -298,6 +301,8 @@ def parse_record(data: bytes) -> dict[str, Any]:
     Raises:
         SampleError: if it breaks the contract.
     """
+    if len(data) > MAX_JSON_BYTES:
+        raise SampleError(f"the JSON member has {len(data)} bytes, more than the {MAX_JSON_BYTES} that are allowed")
     try:
         record = load_json(data)
     except ValueError as error:

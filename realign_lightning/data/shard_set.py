@@ -147,9 +147,9 @@ class ShardSet:
         """
         number = int(self.shard_of[row])
         members = self.table.members(row)
-        size = sum(member.size for member in members)
+        size = members[-1].offset + members[-1].size - members[0].offset
         if size > MAX_SAMPLE_BYTES:
-            raise SampleError(f"its members have {size} bytes, more than the {MAX_SAMPLE_BYTES} that are allowed")
+            raise SampleError(f"its members take {size} bytes, more than the {MAX_SAMPLE_BYTES} that are allowed")
         file = self._files.get(number)
         if file is None:
             file = self._files.add(number, self._open(number))

@@ -176,6 +176,9 @@ class SampleTable:
         wrong = (present & ((offsets < BLOCK) | (sizes < 0) | (offsets > size) | (sizes > size - offsets))).any()
         if wrong or ((sizes == _ABSENT) != ~present).any() or not present.any(axis=1).all():
             raise ValueError("offsets and sizes must lie in the shard, and be -1 together where a member is missing")
+        samples = np.nonzero(present)[0][np.argsort(offsets[present], kind="stable")]
+        if np.count_nonzero(np.diff(samples)) != len(keys) - 1:
+            raise ValueError("the members of a sample must stand side by side")
         formats = np.stack([_formats(value[part], part, len(keys)) for part in IMAGE_PARTS], axis=1)
         return cls(np.array([key.encode() for key in keys], np.bytes_), offsets, sizes, formats)
 

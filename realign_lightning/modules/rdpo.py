@@ -519,14 +519,14 @@ class RDPOModule(pl.LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch's samples, so scaled that gradients averaged over ranks are those of all samples.
 
-        Under a Trainer it is the sum of the losses over the rows of the optimizer step's first batch, which is the mean
-        where no row is a stand-in. :meth:`on_before_optimizer_step` makes of the gradients what the mean over all
-        samples that count gives, in all accumulated batches of all ranks.
+        Under a Trainer that optimizes automatically it is the sum of the losses over the rows of the optimizer step's
+        first batch, which is the mean where no row is a stand-in. :meth:`on_before_optimizer_step` makes of the
+        gradients what the mean over all samples that count gives, in all accumulated batches of all ranks.
         """
         values = self._score_losses(batch, self.loss.views)
         self._window.add({name: value.detach() for name, value in values.items()}, batch.weights)
         self._finite.losses.add(batch.keys, values["loss"].detach(), batch.weights)
-        if self._trainer is None:
+        if self._trainer is None or not self.automatic_optimization:
             return _mean(values["loss"], batch.weights) * _share_of_rank(batch.weights)
         return (counted(values["loss"], batch.weights) * batch.weights).sum() / self._window.rows(batch.weights)
 

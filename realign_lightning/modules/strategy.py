@@ -95,18 +95,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         Raises:
             CheckpointError: on all ranks, if one could not write.
-            ValueError: for a URL with sharded checkpoints.
+            ValueError: for a URL.
         """
         if storage_options is not None:
             raise TypeError(f"FSDP2Strategy takes no storage_options, got {storage_options!r}.")
         where = str(self.broadcast(filepath))
+        if is_remote(where):
+            raise ValueError(
+                f"FSDP2Strategy keeps checkpoints on disks that all nodes share, got {where}: set another `dirpath`."
+            )
         if not self._save_distributed_checkpoint:
             on_first_rank(lambda: self.checkpoint_io.save_checkpoint(checkpoint, where))
-        elif is_remote(where):
-            raise ValueError(
-                f"Sharded checkpoints are folders on disks that all nodes share, got {where}: set another `dirpath`, "
-                "or save_distributed_checkpoint=False."
-            )
         else:
             self._save_shards(checkpoint, Path(where).absolute())
 
@@ -154,7 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 optim_state_dict=state[f"optimizer_{index}"],
                 options=StateDictOptions(cpu_offload=True, strict=False),
             )
-        metadata: dict[str, Any] = torch.load(path / METADATA, weights_only=True)
+        metadata: dict[str, Any] = torch.load(path / METADATA, weights_only=True, map_location="cpu")
         return metadata
 
     def _state_options(self, **options: Any) -> StateDictOptions:
@@ -191,6 +190,11 @@ def _write_shards(states: dict[str, Any], folder: Path) -> None:
 
 
 def _complete(staged: StagedFolder, checkpoint: dict[str, Any]) -> None:
+    written = {part.relative_path for part in (ShardReader(staged.path).read_metadata().storage_data or {}).values()}
+    if missing := sorted(name for name in written if not (staged.path / name).is_file()):
+        raise CheckpointError(
+            f"{missing[0]} of another node is not seen here: FSDP2Strategy's checkpoints need a folder that all share"
+        )
     torch.save(checkpoint, staged.path / METADATA)
     staged.commit()
 

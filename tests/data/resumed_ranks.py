@@ -3,12 +3,11 @@
 import sys
 from pathlib import Path
 
-from tests.data.helpers import Recorder
 from tests.data.test_datamodule import module, trainer
-from tests.data.test_resume import Stop
+from tests.data.test_resume import Asking, Stop
 
 
-class Steps(Recorder):
+class Steps(Asking):
     """Writes each batch on a line of its own."""
 
     def __init__(self, folder: Path, part: str):

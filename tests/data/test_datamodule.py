@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,7 @@ class _TwoRanks:
     world_size, global_rank, training, root_device = 2, 0, True, torch.device("cpu")
     current_epoch, global_step, sanity_checking = 0, 0, False
     accumulate_grad_batches, log_dir = 1, None
+    fit_loop = SimpleNamespace(run=None)
 
     def __init__(self, folder: Path):
         self.default_root_dir = str(folder)

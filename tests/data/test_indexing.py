@@ -66,6 +66,11 @@ class TestCommand:
             index_shards(tmp_path / "b" / "*.zip")
         assert not (tmp_path / INDEX_NAME).exists()
 
+    def test_names_that_no_index_may_list(self, tmp_path):
+        write_tar(tmp_path / "train (1).tar", [raw_members(0, {})])
+        with pytest.raises(ShardError, match=r"train \(1\)\.tar: an index lists plain names .*; rename it"):
+            index_shards(tmp_path)
+
 
 class TestTable:
     def table(self, tmp_path) -> tuple[SampleTable, list]:
@@ -112,6 +117,13 @@ class TestTable:
         table, _ = self.table(tmp_path)
         with pytest.raises(ValueError, match=reason):
             SampleTable.from_json({**table.to_json(), name: value}, 10**6)
+
+    def test_members_of_a_sample_are_neighbours(self, tmp_path):
+        content = self.table(tmp_path)[0].to_json()
+        texts = content["offsets"][2]
+        texts[0], texts[2] = texts[2], texts[0]
+        with pytest.raises(ValueError, match="side by side"):
+            SampleTable.from_json(content, 10**6)
 
 
 class TestALyingIndex:

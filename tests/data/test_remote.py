@@ -258,6 +258,19 @@ class TestCache:
         assert [process.exitcode for process in processes] == [0, 0, 0]
         assert sorted(server.asked[1:]) == [f"shard-00000{number}.tar" for number in range(6)]
 
+    def test_a_lock_does_not_outlive_its_holder_in_a_fork(self, tmp_path):
+        cache = ShardCache(tmp_path, 10**9)
+        context = multiprocessing.get_context("fork")
+        with cache._lock("one"):
+            child = context.Process(target=time.sleep, args=(60,))
+            child.start()
+        try:
+            with cache._lock("one", wait=False) as is_ours:
+                assert is_ours
+        finally:
+            child.kill()
+            child.join()
+
     def test_in_advance(self, server, tmp_path):
         read = dataset(server, tmp_path)
         read.shards.prefetch([3, 4])

@@ -5,11 +5,12 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from realign_lightning.data import CroppedNegative, DualPreferenceDataModule, SampleTransform
 from realign_lightning.data.transform import sample_random
@@ -39,10 +40,19 @@ class Stop(Callback):
         self._save(trainer, "on_train_epoch_end")
 
 
+class Asking(Recorder):
+    """Asks for the number of steps when its optimizer is made, as schedules do: then there is a loader already."""
+
+    def configure_optimizers(self):
+        if self.trainer.max_epochs is not None:
+            assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
 def run(
     tmp_path, data: DualPreferenceDataModule, *callbacks, resume: Path | None = None, epochs: int | None = 3, **options
 ):
-    recorder = Recorder()
+    recorder = Asking()
     fit = trainer(tmp_path, max_epochs=epochs, callbacks=list(callbacks), num_sanity_val_steps=0, **options)
     fit.fit(recorder, datamodule=data, ckpt_path=resume)
     return [row for row in recorder.seen if row[0] == "train"]
@@ -149,6 +159,41 @@ class TestMidEpoch:
                 data = module(folder, batch_size=other, global_batch_size=4)
                 rest = run(tmp_path, data, resume=tmp_path / "a.ckpt")
                 assert first + rest == whole
+
+
+class TestOnce:
+    """A place is gone on from in the fit that resumes, and in no other."""
+
+    def test_a_fresh_fit_with_the_same_data_module(self, tmp_path):
+        folder = write_shards(tmp_path / "train", 7)
+        whole = run(tmp_path, module(folder))
+        data = module(folder, val=str(write_shards(tmp_path / "val", 3)))
+        run(tmp_path, data, Stop(tmp_path / "a.ckpt", 6))
+        run(tmp_path, data, resume=tmp_path / "a.ckpt")
+        assert run(tmp_path, data) == whole
+        trainer(tmp_path).validate(Asking(), datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        assert run(tmp_path, data) == whole
+
+    def test_loaders_that_are_made_anew_every_epoch(self, tmp_path):
+        folder = write_shards(tmp_path / "train", 7)
+        whole = run(tmp_path, module(folder))
+        options = {"reload_dataloaders_every_n_epochs": 1}
+        first = run(tmp_path, module(folder), Stop(tmp_path / "a.ckpt", 6), **options)
+        assert first + run(tmp_path, module(folder), resume=tmp_path / "a.ckpt", **options) == whole
+
+    def test_a_schedule_of_accumulation(self, tmp_path):
+        """From the second epoch on 2 batches are a step."""
+        folder = write_shards(tmp_path / "train", 16)
+        whole = run(tmp_path, module(folder), GradientAccumulationScheduler({1: 2}))
+        callbacks = [GradientAccumulationScheduler({1: 2}), Stop(tmp_path / "a.ckpt", 12)]
+        first = run(tmp_path, module(folder), *callbacks)
+        rest = run(tmp_path, module(folder), GradientAccumulationScheduler({1: 2}), resume=tmp_path / "a.ckpt")
+        assert first + rest == whole
+
+    def test_overfitting_has_no_place(self, tmp_path):
+        folder = write_shards(tmp_path / "train", 8)
+        run(tmp_path, module(folder), Stop(tmp_path / "a.ckpt", 3), overfit_batches=2)
+        assert "DualPreferenceDataModule" not in torch.load(tmp_path / "a.ckpt", weights_only=True)
 
 
 class TestRefused:
@@ -308,6 +353,7 @@ def loader_of(folder: Path, rank: int, ranks: int, batch_size: int, workers: int
     class Rank:
         world_size, global_rank, current_epoch, accumulate_grad_batches = ranks, rank, epoch, 1
         log_dir = default_root_dir = str(folder)
+        fit_loop = SimpleNamespace(run=None)
 
     data = DualPreferenceDataModule(WordBackbone(), str(folder), batch_size=batch_size, num_workers=workers, seed=5)
     data.trainer = Rank()

@@ -1,4 +1,4 @@
-"""Ten steps on two processes, and the last four again from a sharded checkpoint. Run by test_sharded.py."""
+"""Ten steps on two processes, and the last five again from a sharded checkpoint. Run by test_sharded.py."""
 
 import sys
 from pathlib import Path
@@ -21,15 +21,16 @@ def fit(checkpoint: str, shards: str, folder: Path, rank: int = 4, resume: Path 
         adapter=LoRA(rank, 8, 0.0),
         trained_parts=["projector"],
         optimizer=lambda weights: torch.optim.AdamW(weights, lr=1e-2),
-        lr_scheduler=None,
     )
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
         strategy=FSDP2Strategy(),
-        max_steps=10,
+        max_epochs=5,
         logger=False,
-        callbacks=[ModelCheckpoint(folder, "step={step}", auto_insert_metric_name=False, every_n_epochs=3)],
+        callbacks=[
+            ModelCheckpoint(folder, "step={step}", auto_insert_metric_name=False, every_n_train_steps=5, save_top_k=-1)
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -46,7 +47,7 @@ def save(trainer: Trainer, path: Path) -> None:
 
 def main(checkpoint: str, shards: str, output: Path) -> None:
     save(fit(checkpoint, shards, output / "whole"), output / "whole.pt")
-    half = output / "whole" / "step=6.ckpt"
+    half = output / "whole" / "step=5.ckpt"
     save(fit(checkpoint, shards, output / "resumed", resume=half), output / "resumed.pt")
     try:
         fit(checkpoint, shards, output / "refused", rank=2, resume=half)

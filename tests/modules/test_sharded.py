@@ -64,7 +64,7 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path):
 
 
 def test_a_resumed_sharded_run_is_the_undisturbed_one(tiny_llava, tmp_path):
-    """Ten steps in five epochs, and the last two epochs again from the checkpoint between."""
+    """Five epochs of two steps, and again from the middle of the third, with the schedule that recipes have."""
     with ShardWriter(tmp_path / "shards") as writer:
         for sample in preference_samples(4):
             writer.write(sample)
