@@ -14,8 +14,8 @@ From the root of the repository:
   contract, and hashes its content.
 - They take turns on equal parts of the shards; the figure is the median of the turns' ratios.
 - The long run is one shuffled epoch over everything. Memory is what the process and its workers have for themselves
-  (proportional set size), file descriptors are counted in all of them. Growth is the last tenth of the run over the
-  second.
+  (proportional set size of what is no file), file descriptors are counted in all of them. Growth is the last tenth of
+  the run over the second.
 """
 
 from __future__ import annotations
@@ -262,7 +262,8 @@ def _held() -> tuple[float, int]:
     for process in [os.getpid(), *_children()]:
         folder = Path("/proc") / str(process)
         lines = (folder / "smaps_rollup").read_text().splitlines()
-        megabytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
+        # Not the pages of programs and libraries, which the system drops and reads again as it likes.
+        megabytes += next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 1e3
         files += len(list((folder / "fd").iterdir()))
     return megabytes, files
 

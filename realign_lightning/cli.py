@@ -322,7 +322,7 @@ def main() -> None:
     """
     try:
         run()
-    except (ValueError, OSError, ImportError, BadDataError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, BadDataError) as error:
         refusal = _refusal_in(error)
         if os.environ.get("REALIGN_TRACEBACK") or refusal is None:
             raise

@@ -52,6 +52,10 @@ REFUSED = (
 _CONFIG = "config"
 _ENDINGS = (".yaml", ".yml", ".json")
 _LARGEST_RECIPE = 1 << 22
+_COMMAND_LINE = "the command line"
+_WRITTEN_TO = ("default_root_dir", "dirpath", "save_dir", "root_dir", "output", "work", "folder", "reference_cache")
+"""Settings that say where files are written."""
+
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -153,6 +157,11 @@ def _check_recipes(arguments: Sequence[str]) -> None:
                 f"{place} is {place.value!r}, but a recipe cannot let a checkpoint run its own Python code. Take it "
                 f"out; if you trust the code, add --{REMOTE_CODE} true to the command."
             )
+        if is_safe and _writes_elsewhere(place):
+            raise ValueError(
+                f"{place}: {place.value!r} is not written to: in safe mode ({SAFE_MODE}) no recipe says that files of "
+                "yours go to another machine. Give this path on the command line if you want it."
+            )
         if is_safe and _names_code(place) and not is_allowed(place.value):
             raise ValueError(
                 f"{place}: {place.value!r} is not imported: in safe mode ({SAFE_MODE}) recipes name only classes of "
@@ -186,7 +195,7 @@ def _values(arguments: Sequence[str]) -> Iterator[Place]:
     seen: set[Path] = set()
     for option, value in _options(arguments):
         if not value.startswith("--"):
-            yield from _follow(Place("the command line", f"--{option}", value), Path(), seen)
+            yield from _follow(Place(_COMMAND_LINE, f"--{option}", value), Path(), seen)
 
 
 def _follow(place: Place, folder: Path, seen: set[Path]) -> Iterator[Place]:
@@ -226,6 +235,12 @@ def _walk(value: Any, file: str, key: str, folder: Path, seen: set[Path]) -> Ite
             yield from _walk(inner, file, f"{key}[{number}]", folder, seen)
     else:
         yield from _follow(Place(file, key, value), folder, seen)
+
+
+def _writes_elsewhere(place: Place) -> bool:
+    """Whether a recipe (what the command line says is the user's own) names an address to write to."""
+    named = place.key.rpartition(".")[2] in _WRITTEN_TO and isinstance(place.value, str)
+    return named and place.file != _COMMAND_LINE and ("://" in place.value or "::" in place.value)
 
 
 def _names_code(place: Place) -> bool:

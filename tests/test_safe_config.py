@@ -390,3 +390,38 @@ def test_in_safe_mode_vllm_takes_no_options(safe_mode, monkeypatch):
 
 def test_the_environment_is_not_left_changed():
     assert "REALIGN_SAFE_CONFIG" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"trainer": {"default_root_dir": "s3://bucket/runs"}}, "trainer.default_root_dir"),
+        (
+            {
+                "trainer": {
+                    "callbacks": [
+                        {
+                            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                            "init_args": {"dirpath": "ftp://example.org/up"},
+                        }
+                    ]
+                }
+            },
+            r"trainer\.callbacks\[0\]\.init_args\.dirpath",
+        ),
+    ],
+)
+def test_a_recipe_sends_no_files_anywhere(safe_mode, tmp_path, settings, key):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: {key}: .* is not written to"):
+        run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
+
+
+def test_addresses_to_write_to_are_fine_from_the_user_and_without_safe_mode(monkeypatch, capsys):
+    given = ["fit", "--config", DIGITS, "--trainer.default_root_dir", "s3://bucket/runs", "--print_config"]
+    for mode in ("1", "0"):
+        monkeypatch.setenv("REALIGN_SAFE_CONFIG", mode)
+        with pytest.raises(SystemExit):
+            run(given)
+        assert "s3://bucket/runs" in capsys.readouterr().out

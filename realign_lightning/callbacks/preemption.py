@@ -122,7 +122,7 @@ class Preemption(pl.Callback):
         path = _save_path(trainer)
         name = "a signal to another rank" if self._received is None else signal.Signals(self._received).name
         log.info("Stopping at step %d because of %s: saving %s", trainer.global_step, name, path)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.preempted = True
         if trainer.is_global_zero:
             _remove_former(trainer, path)

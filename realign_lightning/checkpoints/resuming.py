@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from realign_lightning.checkpoints.best import mend_best
+from realign_lightning.checkpoints.folders import tidy
+from realign_lightning.checkpoints.plugin import is_remote
 from realign_lightning.checkpoints.progress import (
     is_between_batches,
     open_batches,
@@ -20,7 +23,7 @@ from realign_lightning.checkpoints.progress import (
     settle_epoch,
 )
 from realign_lightning.checkpoints.random_states import derive_random_states, random_states, restore_random_states
-from realign_lightning.ranks import gather, rank_and_world_size
+from realign_lightning.ranks import gather, on_first_rank, rank_and_world_size
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,9 @@ class ResumePoint:
         paths = sorted(set(gather(f"{trainer.ckpt_path} at step {trainer.global_step}")))
         if len(paths) > 1:
             raise ValueError(f"Expected all ranks to resume from one checkpoint, got {paths}: give its path.")
+        if not is_remote(trainer.ckpt_path):
+            # The run may write into another folder from now on.
+            on_first_rank(lambda: tidy(Path(str(trainer.ckpt_path)).parent))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 mend_best(callback, trainer.ckpt_path)

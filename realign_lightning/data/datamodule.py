@@ -398,7 +398,9 @@ class DualPreferenceDataModule(LightningDataModule):
     def _check_resumed(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         """Refuse to go on in the middle of an epoch of other data, or in other steps."""
         now = self._order_facts()
-        changed = [f"{name} was {state.get(name)!r}, is {now[name]!r}" for name in now if state.get(name) != now[name]]
+        called = {"manifest": f"what is in the shards (now {self.train_source})"}
+        different = [name for name in now if state.get(name) != now[name]]
+        changed = [f"{called.get(name, name)} was {state.get(name)!r}, is {now[name]!r}" for name in different]
         rank_batch, was = self._rank_batch(trainer), state["global_batch"]
         batch = rank_batch * (self._accumulated or 1)
         if batch != was:
@@ -522,7 +524,10 @@ class DualPreferenceDataModule(LightningDataModule):
         self._batches["train"] = batches
         self._pass["train"] = (state["epoch"],)
         if trainer.global_rank == 0:
-            self._skips["train"].resume(SkippedSample(*skip) for skip in state["skipped"])
+            skipped = [SkippedSample(*skip) for skip in state["skipped"]]
+            self._skips["train"].resume(skipped)
+            if self._quarantine is not None:
+                self._quarantine.add("train", skipped)
 
     def _count(self, trainer: Trainer, split: str, batch: PreferenceBatch) -> None:
         self._begin_pass_if_new(trainer, split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -66,7 +67,7 @@ def index_shards(source: str | Path | Sequence[str | Path], overwrite: bool = Fa
 
 
 def _tars(folder: Path) -> str:
-    return str(folder / "*.tar")
+    return str(Path(glob.escape(str(folder))) / "*.tar")
 
 
 def _check_keys(shards: Iterable[ShardInfo]) -> None:

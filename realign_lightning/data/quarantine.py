@@ -19,7 +19,8 @@ QUARANTINE_NAME = "quarantine.jsonl"
 class Quarantine:
     """A file of JSON lines that lists bad samples: ``split``, ``shard``, ``key``, ``reason``, each sample once.
 
-    A resumed run adds to the file. Several processes may write to it.
+    Several processes may write to it. A resumed run adds to it, or where it has a log folder of its own begins with the
+    samples that were met in the current epoch before.
 
     Args:
         path: the file; made with its folder when the first sample comes.

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -40,6 +41,9 @@ _ANSWERS_WITHIN = 60
 """Seconds without a byte after which a connection counts as broken."""
 
 _SIZE_THREADS = 16
+
+_KEPT = re.compile(r"[0-9a-f]{64}\.tar")
+_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.\d+\.partial")
 
 Result = TypeVar("Result")
 
@@ -133,16 +137,18 @@ class RemoteFolder:
                 raise ShardError(
                     f"{where} needs a package that is not installed ({error}): pip install realign-lightning[remote]"
                 ) from error
-            except PermissionError as error:
-                raise ShardError(f"{where} may not be read: {error}") from error
             # Storage libraries raise errors of their own; what comes of one is a later attempt, or the error below.
             except Exception as error:
                 if _is_missing(error):
                     raise ShardError(f"{where} does not exist") from error
+                if _is_forbidden(error):
+                    raise ShardError(f"{where} may not be read: {error}; look at your credentials") from error
                 reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
                 if attempt == self.attempts or isinstance(error, _LocalError):
                     raise ShardError(f"{where} could not be fetched ({attempt} attempts; last: {reason})") from error
                 wait = self.pause * 2 ** (attempt - 1)
+                if not threading.main_thread().is_alive():
+                    raise ShardError(f"{where} is not needed any more") from error
                 count = f"attempt {attempt} of {self.attempts}"
                 log.warning("%s: %s failed (%s); again in %g s", where, count, reason, wait)
                 time.sleep(wait)
@@ -169,7 +175,9 @@ class RemoteFolder:
     def _fetch(self, shard: ShardInfo, target: Path) -> None:
         digest, size = hashlib.sha256(), 0
         storage, path = self._file(shard.name)
-        with storage.open(path, "rb", block_size=_CHUNK) as file, _written(target) as copy:
+        # Over HTTP as one stream: not every server gives parts.
+        block_size = 0 if self.address.startswith("http") else _CHUNK
+        with storage.open(path, "rb", block_size=block_size) as file, _written(target) as copy:
             while chunk := file.read(_CHUNK):
                 size += len(chunk)
                 if size > shard.bytes:
@@ -180,13 +188,18 @@ class RemoteFolder:
         if size < shard.bytes:
             raise ValueError(f"only {size} of {shard.bytes} bytes came")
         if digest.hexdigest() != shard.sha256:
-            raise ValueError("what came differs from its index in SHA-256")
+            raise ValueError("what came differs from its index in SHA-256: upload shard and index again")
 
 
 def _is_missing(error: Exception) -> bool:
     """Whether a storage says that there is no such file; over HTTP other failures bear the same name."""
     cause = error.__cause__
     return isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) == 404)
+
+
+def _is_forbidden(error: Exception) -> bool:
+    statuses = {getattr(one, "status", None) for one in (error, error.__cause__)}
+    return isinstance(error, PermissionError) or bool(statuses & {401, 403})
 
 
 class _LocalError(RuntimeError):
@@ -230,7 +243,7 @@ class ShardCache:
     are named by their SHA-256. When room is needed, those go that were not opened for the longest time.
 
     Args:
-        folder: where to keep them; made when the first shard comes.
+        folder: they are kept in ``shards`` in it; made when the first one comes.
         max_bytes: of all shards together; more only while several processes fetch at once and nothing else can go. A
             file that is still read when it goes leaves the disk when it is closed.
 
@@ -242,6 +255,7 @@ class ShardCache:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.folder = Path(folder)
+        self._shards = self.folder / "shards"
         self.max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[RemoteFolder, ShardInfo] | None] | None = None
         self._owner = 0
@@ -299,48 +313,77 @@ class ShardCache:
                     if is_ours and self._found(shard) is None:
                         self._fetch(source, shard)
             except (ShardError, OSError) as error:
+                if not threading.main_thread().is_alive():
+                    return
                 log.warning("not fetched in advance: %s", error)
 
+    def check_kept(self, shards: Sequence[ShardInfo], hash_file: Callable[[Path], str]) -> None:
+        """Remove what is damaged among kept shards, so that it is fetched again.
+
+        Args:
+            shards: those that will be read.
+            hash_file: SHA-256 of a file; one that remembers saves reading those that have not changed.
+        """
+        for shard in shards:
+            path = self._place(shard)
+            if path.is_file() and hash_file(path) != shard.sha256:
+                log.warning("%s is damaged, and will be fetched again", path)
+                path.unlink(missing_ok=True)
+
+    def _place(self, shard: ShardInfo) -> Path:
+        return self._shards / f"{shard.sha256}.tar"
+
     def _found(self, shard: ShardInfo) -> Path | None:
-        path = self.folder / f"{shard.sha256}.tar"
+        path = self._place(shard)
         try:
-            # The time tells others that it is in use.
-            os.utime(path)
-            return path if path.stat().st_size == shard.bytes else None
+            if path.stat().st_size != shard.bytes:
+                return None
+            # Its time tells others that the shard is in use; that of the shard itself tells whether it was changed.
+            self._lock_file(shard.sha256).touch()
         except FileNotFoundError:
             return None
+        return path
 
     def _fetch(self, source: RemoteFolder, shard: ShardInfo) -> Path:
-        partial = self.folder / f".{shard.sha256}.{shard.bytes}.partial"
-        partial.unlink(missing_ok=True)
-        with self._lock("room"):
-            self._make_room(shard.bytes, partial)
+        partial = self._shards / f".{shard.sha256}.{shard.bytes}.partial"
+        target = self._place(shard)
         try:
+            partial.unlink(missing_ok=True)
+            with self._lock("room"):
+                self._make_room(shard.bytes)
+                partial.touch()
             source.fetch(shard, partial)
             check_shard(partial, shard, hash_file=lambda _: shard.sha256)
-            target = self.folder / f"{shard.sha256}.tar"
             partial.replace(target)
+        except OSError as error:
+            raise ShardError(f"shard {source.address}/{shard.name} cannot be kept as {target}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return target
 
-    def _make_room(self, size: int, partial: Path) -> None:
-        """Remove what was not used for the longest time, and reserve the name of a new file."""
-        coming = [path for path in self.folder.glob(".*.partial") if self._is_coming(path)]
-        there = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
-        sizes = {path: path.stat().st_size for path in there}
+    def _make_room(self, size: int) -> None:
+        """Remove what was not used for the longest time."""
+        coming = [path for path in self._shards.iterdir() if _PARTIAL.fullmatch(path.name) and self._is_coming(path)]
+        there = {path: path.stat().st_size for path in self._shards.iterdir() if _KEPT.fullmatch(path.name)}
+        oldest_last = sorted(there, key=lambda path: self._last_use(path), reverse=True)
         reserved = sum(int(path.name.split(".")[2]) for path in coming)
-        while sizes and sum(sizes.values()) + reserved + size > self.max_bytes:
-            oldest = there.pop(0)
-            del sizes[oldest]
+        while oldest_last and sum(there.values()) + reserved + size > self.max_bytes:
+            oldest = oldest_last.pop()
+            del there[oldest]
             oldest.unlink(missing_ok=True)
-        partial.touch()
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self._shards).free
         if free < size:
             raise ShardError(
-                f"{self.folder} has {free} bytes of free disk, and a shard of {size} comes: make room, lower "
+                f"{self._shards} has {free} bytes of free disk, and a shard of {size} comes: make room, lower "
                 "cache_size_gb, or set cache_dir to another disk"
             )
+
+    def _last_use(self, path: Path) -> int:
+        lock = self._lock_file(path.stem)
+        return lock.stat().st_mtime_ns if lock.exists() else 0
+
+    def _lock_file(self, name: str) -> Path:
+        return self._shards / f"{name}.lock"
 
     def _is_coming(self, partial: Path) -> bool:
         """Whether somebody is fetching it; what a killed process left is removed."""
@@ -353,8 +396,8 @@ class ShardCache:
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold a lock among all threads and processes of the machine; False if another has it and we do not wait."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / f"{name}.lock").open("ab")
+            self._shards.mkdir(parents=True, exist_ok=True)
+            file = self._lock_file(name).open("ab")
         except OSError as error:
             raise ShardError(
                 f"the folder for fetched shards {self.folder} cannot be written ({error}): set cache_dir to another"

@@ -124,6 +124,7 @@ def scan_shard(path: Path) -> list[StoredSample]:
     if not headers:
         raise ShardError(f"shard {path} holds no samples; remove it or write it again")
     check_end(path, headers[-1], size)
+    _check_headers(path, headers)
     return list(_group(path, headers))
 
 
@@ -178,6 +179,31 @@ def check_end(path: Path, last: Member, size: int) -> None:
         while chunk := file.read(_CHUNK):
             if any(chunk):
                 raise ShardError(f"shard {path} is damaged: unreadable data follows member {last.name!r}")
+
+
+def _check_headers(path: Path, members: Iterable[Member]) -> None:
+    """Make sure that the block before each content names it, as is checked again whenever a sample is read."""
+    with path.open("rb") as file:
+        for member in members:
+            file.seek(member.offset - BLOCK)
+            if name_and_size(file.read(BLOCK)) != (member.name, member.size):
+                raise ShardError(
+                    f"shard {path}: the header of member {member.name!r} does not name it itself but by an extension; "
+                    "write the tar in plain (ustar) form"
+                )
+
+
+def name_and_size(header: bytes) -> tuple[str, int]:
+    """What a plain tar header says of its member; nothing where it is none.
+
+    Args:
+        header: the block before the member's content.
+    """
+    name, size = header[:100].partition(b"\0")[0], header[124:136].strip(b" \0")
+    try:
+        return name.decode("ascii"), int(size, 8)
+    except ValueError:
+        return "", -1
 
 
 def _group(path: Path, members: Iterable[Member]) -> Iterator[StoredSample]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from realign_lightning.backbones.files import FileHasher
 from realign_lightning.data.manifest import INDEX_NAME, ShardInfo, check_shard, read_index
 from realign_lightning.data.remote import RemoteFolder, ShardCache, is_remote
-from realign_lightning.data.scan import BLOCK, Member, ShardError, StoredSample, find_shards, scan_shard
+from realign_lightning.data.scan import BLOCK, Member, ShardError, StoredSample, find_shards, name_and_size, scan_shard
 from realign_lightning.data.table import SampleTable
 from realign_lightning.types import SampleError, SkippedSample
 
@@ -223,6 +223,7 @@ class ShardSet:
         self.cache.check()
         folder = RemoteFolder(address)
         infos = folder.read_index().shards
+        self.cache.check_kept(infos, self._hash_file)
         folder.check_sizes(infos)
         for info in infos:
             if info.members is None:
@@ -310,18 +311,12 @@ def _read_members(file: int, shard: Shard, members: Sequence[Member]) -> dict[st
         start = offset - begin
         contents[name] = data[start : start + size]
         header = data[start - BLOCK : start]
-        if len(contents[name]) != size or _name_and_size(header) != (name, size):
-            raise ShardError(f"shard {shard.place} has changed while it was in use: {name} is cut or not in its place")
+        if len(contents[name]) != size or name_and_size(header) != (name, size):
+            raise ShardError(
+                f"shard {shard.place} does not hold {name} where its index says: it has changed since it was checked, "
+                "or the index is wrong. Copy both again, or make another by `realign-lightning index --overwrite`"
+            )
     return contents
-
-
-def _name_and_size(header: bytes) -> tuple[str, int]:
-    """What a plain tar header says; nothing where it is none."""
-    name, size = header[:100].partition(b"\0")[0], header[124:136].strip(b" \0")
-    try:
-        return name.decode("ascii"), int(size, 8)
-    except ValueError:
-        return "", -1
 
 
 class _OpenFiles:

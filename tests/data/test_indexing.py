@@ -1,3 +1,4 @@
+import io
 import json
 import tarfile
 
@@ -16,8 +17,6 @@ from tests.data.helpers import WordBackbone, good_members, picture, raw_members,
 
 def pax(path, *numbers: int) -> None:
     """As Python's own default writes it: another header block before each member, for a fractional time."""
-    import io
-
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in good_members(*numbers):
             header = tarfile.TarInfo(name)
@@ -65,6 +64,21 @@ class TestCommand:
         with pytest.raises(ShardError, match="matches no file"):
             index_shards(tmp_path / "b" / "*.zip")
         assert not (tmp_path / INDEX_NAME).exists()
+
+    def test_a_folder_whose_name_looks_like_a_pattern(self, tmp_path):
+        (tmp_path / "run[1]").mkdir()
+        write_tar(tmp_path / "run[1]" / "a.tar", [raw_members(0, {})])
+        assert index_shards(tmp_path / "run[1]")[1].shards[0].samples == 1
+
+    def test_members_that_are_named_by_an_extension(self, tmp_path):
+        """What is read later looks at the plain header only."""
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for number, (name, data) in enumerate(good_members(0)):
+                header = tarfile.TarInfo(f"zzz{number}.image.png")
+                header.size, header.pax_headers = len(data), {"path": name}
+                tar.addfile(header, io.BytesIO(data))
+        with pytest.raises(ShardError, match=r"header of member '000000\.image\.png' does not name it itself"):
+            index_shards(tmp_path)
 
     def test_names_that_no_index_may_list(self, tmp_path):
         write_tar(tmp_path / "train (1).tar", [raw_members(0, {})])
@@ -169,7 +183,7 @@ class TestALyingIndex:
         write_shards(tmp_path, 3)
         self.lie(tmp_path, change)
         dataset = ShardDataset(tmp_path, WordBackbone())
-        with pytest.raises(ShardError, match=r"shard-000000\.tar has changed while it was in use: 000001\.image\.png"):
+        with pytest.raises(ShardError, match=r"shard-000000\.tar does not hold 000001\.image\.png where its"):
             dataset[0]
 
 

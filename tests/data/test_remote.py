@@ -4,9 +4,11 @@ import http.server
 import json
 import logging
 import multiprocessing
+import os
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.asked.append(name)
         failures = self.server.trouble.get(name, [])
         failure = failures.pop(0) if failures and with_body else None
-        if failure == "error":
-            self.send_error(503)
+        if failure in ("error", "forbidden"):
+            self.send_error(503 if failure == "error" else 403)
             return
         if not path.is_file():
             self.send_error(404)
@@ -105,7 +107,7 @@ def dataset(server, tmp_path, max_bytes: int = 10**9) -> ShardDataset:
 
 
 def cached(tmp_path) -> list[Path]:
-    return sorted((tmp_path / "cache").glob("*.tar"))
+    return sorted((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
 class TestReading:
@@ -138,6 +140,24 @@ class TestReading:
         assert [row[0] for row in seen[0]].count("train") == 2 * 23
 
 
+class TestServers:
+    def test_one_that_gives_no_parts(self, tmp_path, monkeypatch):
+        """As Python's own does; and a shard of more than one part."""
+        monkeypatch.setattr("realign_lightning.data.remote._CHUNK", 4096)
+        handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(write_shards(tmp_path / "there", 9)))
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as plain:
+            thread = threading.Thread(target=plain.serve_forever)
+            thread.start()
+            try:
+                cache = ShardCache(tmp_path / "cache", 10**9)
+                read = ShardDataset(f"http://127.0.0.1:{plain.server_port}", WordBackbone(), cache)
+                assert [read[row].key for row in range(9)] == [f"{row:06d}" for row in range(9)]
+            finally:
+                plain.shutdown()
+                thread.join()
+
+
 class TestFailures:
     @pytest.mark.parametrize("failure", ["error", "cut", "flipped"])
     def test_passing_ones_are_met_by_another_attempt(self, server, tmp_path, failure, caplog):
@@ -152,8 +172,15 @@ class TestFailures:
         server.trouble["shard-000001.tar"] = [failure] * 99
         with pytest.raises(ShardError, match=rf"{server.address}/shard-000001\.tar could not be fetched \(5 attempts"):
             read[5]
-        assert not list((tmp_path / "cache").glob(".*.partial"))
+        assert not list((tmp_path / "cache" / "shards").glob(".*.partial"))
         assert cached(tmp_path) == []
+
+    def test_one_that_refuses_is_asked_once(self, server, tmp_path):
+        read = dataset(server, tmp_path)
+        server.trouble["shard-000001.tar"] = ["forbidden"] * 9
+        with pytest.raises(ShardError, match=r"shard-000001\.tar may not be read: .*403.*look at your credentials"):
+            read[5]
+        assert server.asked.count("shard-000001.tar") == 1
 
     def test_missing_before_training(self, server, tmp_path):
         (tmp_path / "there" / "shard-000003.tar").unlink()
@@ -226,6 +253,35 @@ class TestCache:
         infos = read_index(tmp_path / "there").shards
         assert {path.stem for path in cached(tmp_path)} == {infos[0].sha256, infos[2].sha256}
 
+    def test_files_of_others_stay(self, server, tmp_path):
+        """The folder may be one that people keep tars in."""
+        others = [
+            tmp_path / "cache" / name for name in ("mine.tar", ".x.partial", "shards/mine.tar", "shards/.a.b.partial")
+        ]
+        for path in others:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(10**6))
+            os.utime(path, (0, 0))
+        read = dataset(server, tmp_path, 2 * self.size(tmp_path))
+        assert [read[row].key for row in range(23)] == [f"{row:06d}" for row in range(23)]
+        assert all(path.exists() for path in others)
+
+    def test_a_kept_shard_that_was_damaged_is_fetched_again(self, server, tmp_path, caplog):
+        dataset(server, tmp_path)[0]
+        (path,) = cached(tmp_path)
+        data = bytearray(path.read_bytes())
+        data[600] ^= 1
+        path.write_bytes(data)
+        local = ShardDataset(tmp_path / "there", WordBackbone())
+        assert dataset(server, tmp_path).fingerprint(0) == local.fingerprint(0)
+        assert f"{path} is damaged, and will be fetched again" in caplog.text
+
+    def test_a_folder_in_its_place(self, server, tmp_path):
+        info = read_index(tmp_path / "there").shards[0]
+        (tmp_path / "cache" / "shards" / f"{info.sha256}.tar").mkdir(parents=True)
+        with pytest.raises(ShardError, match=r"shard-000000\.tar cannot be kept as"):
+            dataset(server, tmp_path)[0]
+
     def test_too_small_for_two_blocks(self, server, tmp_path):
         data = DualPreferenceDataModule(
             WordBackbone(), server.address, batch_size=2, cache_dir=str(tmp_path / "cache"), cache_size_gb=1e-5
@@ -240,8 +296,8 @@ class TestCache:
 
     def test_what_a_killed_process_left_goes(self, server, tmp_path):
         read = dataset(server, tmp_path)
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        left = tmp_path / "cache" / f".{'0' * 64}.1000000000.partial"
+        left = tmp_path / "cache" / "shards" / f".{'0' * 64}.1000000000.partial"
+        left.parent.mkdir(parents=True, exist_ok=True)
         left.write_bytes(b"x")
         read[0]
         assert not left.exists()

@@ -131,7 +131,8 @@ def test_a_kill_between_any_two_steps_of_a_save_loses_nothing(tmp_path, before, 
         assert {path.name for path in folder.iterdir()} <= {"last.ckpt", "next.ckpt"}, "hidden ones are tidied up"
         assert before == "nothing" or read_header(target)["global_step"] in (1, 2)
         steps += 1
-    assert steps > 5
+    # Of the fewest, a file over a file: to the disk, renamed, the folder to the disk, and once to the end.
+    assert steps > 3
     assert seen == {0 if before == "nothing" else 1, 2}
 
 
@@ -346,17 +347,17 @@ def test_the_best_model_is_one_that_is_there(tmp_path):
     (tmp_path / "b.ckpt").write_bytes(b"PK")
     for mode, best, worst in (("min", "c", "d"), ("max", "d", "c")):
         callback = remembering(tmp_path, "loss", mode, a=0.1, b=0.2, c=0.3, d=0.4)
-        mend_best(callback, tmp_path / "d.ckpt", 1)
+        mend_best(callback, tmp_path / "d.ckpt")
         assert callback.best_model_path == str(tmp_path / f"{best}.ckpt")
         assert callback.kth_best_model_path == str(tmp_path / f"{worst}.ckpt")
         assert sorted(callback.best_k_models) == [str(tmp_path / "c.ckpt"), str(tmp_path / "d.ckpt")]
         assert callback.best_model_score == callback.best_k_models[callback.best_model_path]
     callback = remembering(tmp_path, "loss", a=0.1, b=0.2)
-    mend_best(callback, tmp_path / "d.ckpt", 1)
+    mend_best(callback, tmp_path / "d.ckpt")
     assert (callback.best_model_path, callback.best_model_score, callback.best_k_models) == ("", None, {})
     assert callback.kth_value == torch.inf
     callback = remembering(tmp_path, None, a=0.0)
-    mend_best(callback, tmp_path / "d.ckpt", 1)
+    mend_best(callback, tmp_path / "d.ckpt")
     assert callback.best_model_path == str(tmp_path / "d.ckpt")
 
 

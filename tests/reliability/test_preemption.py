@@ -189,7 +189,7 @@ def test_slurm_requeues_by_the_exit_code_and_lightning_does_not_interfere(warm_n
     "told", [[1], pytest.param([0], marks=pytest.mark.soak), pytest.param([0, 1], marks=pytest.mark.soak)]
 )
 def test_it_does_not_matter_which_rank_is_told(warm_nursery, inputs, undisturbed, tmp_path, told):
-    """Two ranks under FSDP2; a launcher started both, and each exits with the code."""
+    """Two ranks under FSDP2: the first exits with the code, and the one that Lightning started beside it with 0."""
     run = (*RUN, "--engine", "fsdp", "--pause", 0.02)
     life = warm_nursery.start(tmp_path / "log.txt", *inputs, tmp_path, *run, processes=2)
     wait_for(lambda: lines(tmp_path) > 3)
