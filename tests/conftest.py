@@ -1,4 +1,6 @@
+import itertools
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -18,8 +20,24 @@ os.environ.setdefault("REALIGN_CACHE", tempfile.mkdtemp(prefix="realign-cache-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+_ports = itertools.count(os.getpid() % 100 * 100)
+
+
+def free_port() -> str:
+    """A port for processes to meet at, below those that the system hands to anybody else in the moment between."""
+    while True:
+        port = 20000 + next(_ports) % 10000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return str(port)
+
+
 def alone(**more: str) -> dict[str, str]:
     """The environment for a process that starts others: what this one has run must not choose their port."""
+    more = {"MASTER_PORT": free_port(), **more}
     launched = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **more}

@@ -22,7 +22,7 @@ from realign_lightning.demos.scenes import DESCRIBE, DigitWorld, question
 from realign_lightning.losses import RDPOLoss
 from realign_lightning.modules import RDPOModule
 from realign_lightning.preferences import ImageIndex
-from tests.conftest import picture, preference_samples
+from tests.conftest import alone, picture, preference_samples
 from tests.test_recipes import SMALL_DIGITS, small
 from tests.tiny_models import make_tiny
 
@@ -303,6 +303,7 @@ class TestBadInput:
                 *fit_args(args, "--model.backbone.init_args.quantization", "nf4", "--trainer.devices", "1"),
                 *("--trainer.strategy", str(ROOT / "configs" / "strategies" / "fsdp2.yaml")),
             ],
+            env=alone(),
             capture_output=True,
             text=True,
             check=False,

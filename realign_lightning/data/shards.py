@@ -78,6 +78,7 @@ class ShardWriter:
     Example:
         >>> import tempfile
         >>> from PIL import Image
+        >>> from realign_lightning.data import read_index
         >>> image, retrieved = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
         >>> sample = PreferenceSample("0", image, retrieved, "Which colour?", "Red.", "Blue.")
         >>> with tempfile.TemporaryDirectory() as folder:

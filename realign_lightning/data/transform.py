@@ -68,7 +68,7 @@ def sample_random(seed: int, epoch: int, key: str) -> np.random.Generator:
         key: the sample's key.
 
     Example:
-        >>> sample_random(0, 1, "a").integers(1000) == sample_random(0, 1, "a").integers(1000)
+        >>> sample_random(0, 1, "a").random() == sample_random(0, 1, "a").random()
         True
     """
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])

@@ -492,7 +492,8 @@ class RDPOModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Forget what an interrupted run left unlogged, and see that a resumed one is told the truth."""
-        self._resume.on_train_start(self.trainer)
+        if self._trainer is not None:
+            self._resume.on_train_start(self.trainer)
         self._window = _Window()
         self._finite.losses = LossMarks()
 

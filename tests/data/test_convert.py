@@ -387,7 +387,7 @@ class TestCommand:
         main(["a.json", "out", "--from", "llava", "--images", "pictures", "--option", "turns=all"])
         ((source, rest),) = seen
         assert (type(source), source.path, source.images, source.turns) == (LlavaInstruct, "a.json", "pictures", "all")
-        assert rest == ("shards", "out", False, None)
+        assert rest == ("shards", "out", False, None, None)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,5 +1,4 @@
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from realign_lightning.data import DualPreferenceDataModule, ShardError, ShardWriter, SkipLog
 from realign_lightning.types import SkippedSample
+from tests.conftest import alone
 from tests.data.helpers import Recorder, WordBackbone, raw_members, sample, write_shards, write_tar
 
 KEYS = [f"{number:06d}" for number in range(7)]
@@ -170,9 +170,8 @@ class TestRanks:
     def test_two_processes(self, tmp_path):
         """Seven samples, one bad: each is read once per epoch over both ranks, which take equally many steps."""
         bad_shard(tmp_path / "a.tar", 7, {2: {"image.png": b"garbage"}})
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.data.two_processes", str(tmp_path)]
-        subprocess.run(command, check=True, timeout=240, env=environment, cwd=Path(__file__).parents[2])  # noqa: S603
+        subprocess.run(command, check=True, timeout=240, env=alone(), cwd=Path(__file__).parents[2])  # noqa: S603
         ranks = [[line.split() for line in (tmp_path / f"{rank}.txt").read_text().splitlines()] for rank in (0, 1)]
         assert len(ranks[0]) == len(ranks[1]) == 16  # 2 epochs of train and val, each 4 rows per rank
         for stage in ("train", "val"):

@@ -53,7 +53,8 @@ def movement(module: RDPOModule) -> dict[str, torch.Tensor]:
 def main(checkpoint: str, output: Path) -> None:
     for broken in (False, True):
         if broken:
-            rdpo._share_of_rank = lambda weights: torch.ones(())
+            # Each rank would count its own rows as the step's.
+            rdpo._Window.scale = lambda window, batches: 1.0
         for engine in ("ddp", "fsdp"):
             for dtype in ("float32", "bfloat16"):
                 moves = movement(fit(checkpoint, engine, dtype))

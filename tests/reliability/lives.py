@@ -23,6 +23,11 @@ from tests.reliability.training import FINAL
 ROOT = Path(__file__).parents[2]
 
 
+def each_its_own_port() -> dict[str, str]:
+    """For a process whose children are killed: what one has left must not stand in the way of the next."""
+    return {name: value for name, value in alone().items() if name != "MASTER_PORT"}
+
+
 class Life:
     """One job of a nursery: its processes, from start to end."""
 
@@ -109,7 +114,7 @@ def free_port() -> int:
 def nursery() -> Iterator[Nursery]:
     command = [sys.executable, "-m", "tests.reliability.nursery"]
     with subprocess.Popen(  # noqa: S603
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=alone()
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=each_its_own_port()
     ) as process:
         try:
             yield Nursery(process)

@@ -98,7 +98,8 @@ def trainer_of(options: argparse.Namespace) -> Trainer:
         devices=1 if options.engine == "one" else 2,
         strategy=strategies[options.engine],
         max_steps=options.steps,
-        max_epochs=-1,
+        # Not -1: with an end in sight schedules ask for the number of batches, before a checkpoint is restored.
+        max_epochs=1000,
         accumulate_grad_batches=options.accumulate,
         logger=False,
         callbacks=[
