@@ -251,7 +251,6 @@ class DualPreferenceDataModule(LightningDataModule):
             self._begin_from_place(self.trainer)
         if stage in ("fit", None):
             self._set_accumulation()
-        if stage in ("fit", None):
             self._open("train", self.train_source)
         if stage in ("fit", "validate", None) and self.val_source is not None:
             self._open("val", self.val_source)
@@ -395,18 +394,18 @@ class DualPreferenceDataModule(LightningDataModule):
         """Where training goes on."""
         return Place() if not self._resumed else Place(self._resumed["epoch"], self._resumed["consumed"])
 
-    def _check_resumed(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+    def _check_resumed(self, trainer: Trainer, state: Mapping[str, Any], accumulated: int) -> None:
         """Refuse to go on in the middle of an epoch of other data, or in other steps."""
         now = self._order_facts()
-        called = {"manifest": f"what is in the shards (now {self.train_source})"}
+        called = {"manifest": f"what is in the shards (now {self.train_source}): manifest"}
         different = [name for name in now if state.get(name) != now[name]]
         changed = [f"{called.get(name, name)} was {state.get(name)!r}, is {now[name]!r}" for name in different]
         rank_batch, was = self._rank_batch(trainer), state["global_batch"]
-        batch = rank_batch * (self._accumulated or 1)
+        batch = rank_batch * accumulated
         if batch != was:
             changed.append(
                 f"the global batch was {was} samples, is {self.batch_size} (batch_size) x {trainer.world_size} (ranks) "
-                f"x {self._accumulated} (accumulate_grad_batches) = {batch}"
+                f"x {accumulated} (accumulate_grad_batches) = {batch}"
             )
         if self.group_by_length and rank_batch != state["rank_batch"]:
             changed.append(
@@ -479,8 +478,7 @@ class DualPreferenceDataModule(LightningDataModule):
             rank,
             self.seed,
             shuffle,
-            # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
-            None if trainer is None else lambda: max(trainer.current_epoch, self._start.epoch if is_training else 0),
+            None if trainer is None else lambda: trainer.current_epoch,
             lengths,
             batch_size,
             self._blocks(split),
@@ -511,7 +509,7 @@ class DualPreferenceDataModule(LightningDataModule):
         if not state["consumed"]:
             return
         self._accumulated = _accumulated_batches(trainer, state["epoch"])
-        self._check_resumed(trainer, state)
+        self._check_resumed(trainer, state, self._accumulated)
         batches = state["consumed"] // self._rank_batch(trainer)
         current, total = _batch_counts(trainer)
         _count_on(current, total, batches)

@@ -6,13 +6,13 @@ import argparse
 import glob
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from realign_lightning.backbones.files import write_text
-from realign_lightning.data.manifest import INDEX_NAME, SHARD_NAME, ShardIndex, ShardInfo, measure_shard
+from realign_lightning.data.manifest import INDEX_NAME, SHARD_NAME, ShardIndex, check_keys, measure_shard
 from realign_lightning.data.scan import ShardError, find_shards
 
 
@@ -60,7 +60,7 @@ def index_shards(source: str | Path | Sequence[str | Path], overwrite: bool = Fa
         raise FileExistsError(f"{target} is there already; pass --overwrite to replace it")
     bar = tqdm(paths, desc="indexing", unit="shard", delay=1)
     shards = tuple(measure_shard(path) for path in bar)
-    _check_keys(shards)
+    check_keys([shard.name for shard in shards], [shard.members for shard in shards if shard.members is not None])
     index = ShardIndex(shards, {"command": "index"})
     write_text(target, index.to_text())
     return target, index
@@ -68,15 +68,6 @@ def index_shards(source: str | Path | Sequence[str | Path], overwrite: bool = Fa
 
 def _tars(folder: Path) -> str:
     return str(Path(glob.escape(str(folder))) / "*.tar")
-
-
-def _check_keys(shards: Iterable[ShardInfo]) -> None:
-    shard_of: dict[bytes, str] = {}
-    for shard in shards:
-        for key in shard.members.keys.tolist() if shard.members is not None else ():
-            if key in shard_of:
-                raise ShardError(f"duplicate key {key.decode()!r}: in shard {shard_of[key]} and in shard {shard.name}")
-            shard_of[key] = shard.name
 
 
 def _summary(path: Path, index: ShardIndex, seconds: float) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from realign_lightning.backbones.files import file_sha256
 from realign_lightning.data.scan import ShardError, check_end, scan_shard
@@ -152,6 +154,29 @@ def check_shard(
         raise ShardError(f"shard {path} differs from its index in SHA-256: it was damaged or changed; copy it again")
     if info.members is not None:
         _check_members(path, info.members)
+
+
+def check_keys(shards: Sequence[str], tables: Sequence[SampleTable]) -> None:
+    """Make sure that no key occurs twice in a set of shards.
+
+    Args:
+        shards: what to call them in the error.
+        tables: their samples.
+
+    Raises:
+        ShardError: naming the key, and the two shards that hold it first.
+    """
+    keys = np.concatenate([table.keys for table in tables])
+    first = np.unique(keys, return_index=True)[1]
+    if len(first) == len(keys):
+        return
+    again = int(np.setdiff1d(np.arange(len(keys)), first)[0])
+    before = int(np.flatnonzero(keys == keys[again])[0])
+    shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    raise ShardError(
+        f"duplicate key {bytes(keys[again]).decode()!r}: in shard {shards[shard_of[before]]} and in shard "
+        f"{shards[shard_of[again]]}"
+    )
 
 
 def _check_members(path: Path, table: SampleTable) -> None:

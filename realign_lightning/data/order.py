@@ -150,12 +150,13 @@ class EpochSampler(DistributedSampler[SampleIndex]):
 
     def __iter__(self) -> Iterator[SampleIndex]:
         """What this rank reads in the current epoch: ``len(self)`` items, fewer where a resumed run goes on."""
+        start = self._start()
         if self._current_epoch is not None:
-            self.set_epoch(self._current_epoch())
+            # A checkpoint of an epoch's end is loaded before the Trainer counts that end.
+            self.set_epoch(max(self._current_epoch(), start.epoch))
         order, blocks = self._order()
         ends = [] if self._blocks is None else _ends(blocks, self._blocks.counts)
         block = -1
-        start = self._start()
         first = start.consumed if self.epoch == start.epoch else 0
         for position in range(first + self.rank, self.total_size, self.num_replicas):
             coming: tuple[int, ...] = ()

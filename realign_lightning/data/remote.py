@@ -257,7 +257,7 @@ class ShardCache:
         self.folder = Path(folder)
         self._shards = self.folder / "shards"
         self.max_bytes = max_bytes
-        self._wanted: queue.SimpleQueue[tuple[RemoteFolder, ShardInfo] | None] | None = None
+        self._wanted: queue.SimpleQueue[tuple[RemoteFolder, ShardInfo]] | None = None
         self._owner = 0
 
     def check(self) -> None:
@@ -305,9 +305,9 @@ class ShardCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_wanted": None}
 
-    def _work(self, wanted: queue.SimpleQueue[tuple[RemoteFolder, ShardInfo] | None]) -> None:
-        while (item := wanted.get()) is not None:
-            source, shard = item
+    def _work(self, wanted: queue.SimpleQueue[tuple[RemoteFolder, ShardInfo]]) -> None:
+        while True:
+            source, shard = wanted.get()
             try:
                 with self._lock(shard.sha256, wait=False) as is_ours:
                     if is_ours and self._found(shard) is None:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from realign_lightning.backbones.files import FileHasher
-from realign_lightning.data.manifest import INDEX_NAME, ShardInfo, check_shard, read_index
+from realign_lightning.data.manifest import INDEX_NAME, ShardInfo, check_keys, check_shard, read_index
 from realign_lightning.data.remote import RemoteFolder, ShardCache, is_remote
 from realign_lightning.data.scan import BLOCK, Member, ShardError, StoredSample, find_shards, name_and_size, scan_shard
 from realign_lightning.data.table import SampleTable
@@ -79,24 +79,17 @@ class ShardSet:
         source: where the shards are.
         cache: where remote shards are kept, and in whose folder it is noted which local ones were checked and have not
             changed since; None checks all, and refuses remote ones.
-        scan: how a tar without an index is scanned.
 
     Raises:
         ShardError: if shards are missing, damaged or hold a key twice.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        cache: ShardCache | None = None,
-        scan: Callable[[Path], list[StoredSample]] = scan_shard,
-    ) -> None:
+    def __init__(self, source: Source, cache: ShardCache | None = None) -> None:
         self.cache = cache
-        self._scan = scan
         self._hash_file = FileHasher(_memory(cache))
         self.shards = tuple(tqdm(self._shards(source), desc="checking shards", unit="shard", delay=2, leave=False))
         tables = [shard.table for shard in self.shards]
-        self._check_keys(tables)
+        check_keys([shard.place for shard in self.shards], tables)
         table = SampleTable.joined(tables)
         shard_of = np.repeat(np.arange(len(tables), dtype=np.int32), [len(one) for one in tables])
         complete = table.is_complete
@@ -237,24 +230,11 @@ class ShardSet:
         if info is not None and info.members is not None:
             check_shard(path, info, hash_file=self._hash_file)
             return Shard(str(path), info.members, info.sha256, info.bytes, info)
-        samples = self._scan(path)
+        samples = scan_shard(path)
         table = SampleTable.of(samples)
         if info is not None:
             check_shard(path, info, len(samples), self._hash_file)
         return Shard(str(path), table, info.sha256 if info else f"scan:{table.digest}", path.stat().st_size, info)
-
-    def _check_keys(self, tables: Sequence[SampleTable]) -> None:
-        keys = np.concatenate([table.keys for table in tables]) if tables else np.array([])
-        unique, first = np.unique(keys, return_index=True)
-        if len(unique) == len(keys):
-            return
-        row = int(np.setdiff1d(np.arange(len(keys)), first)[0])
-        same = int(np.flatnonzero(keys == keys[row])[0])
-        shard_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        raise ShardError(
-            f"duplicate key {bytes(keys[row]).decode()!r}: in shard {self.shards[shard_of[same]].place} and in shard "
-            f"{self.shards[shard_of[row]].place}"
-        )
 
     def _lacking(self, table: SampleTable, shard_of: np.ndarray, row: int) -> SkippedSample:
         shard = self.shards[shard_of[row]]

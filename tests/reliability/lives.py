@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from realign_lightning.checkpoints import newest_checkpoint, read_header
-from tests.conftest import alone
+from tests.conftest import alone, free_port
 from tests.reliability.training import FINAL
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +89,7 @@ class Nursery:
         **environment: str,
     ) -> Life:
         if processes > 1:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         job = {
             "program": program,
             "folder": str(folder),
@@ -102,12 +101,6 @@ class Nursery:
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return Life(self, self.read()["pids"], log)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @contextmanager
