@@ -58,7 +58,6 @@ GROWTH = 1.02
 """Most that memory may grow after the warm-up."""
 
 _PICTURES = 512
-_POINTS = 200
 
 
 class PixelBackbone(Backbone):
@@ -227,16 +226,17 @@ def compare(tars: Sequence[Path], batch_size: int, workers: int) -> list[tuple[f
     return rates
 
 
-def long_run(tars: Sequence[Path], batch_size: int, workers: int) -> dict[str, Any]:
+def long_run(tars: Sequence[Path], batch_size: int, workers: int, looks: int = 200) -> dict[str, Any]:
     """One shuffled epoch over all shards, with memory and file descriptors on the way.
 
     Args:
         tars: paths.
         batch_size: samples per batch.
         workers: processes.
+        looks: how often memory and descriptors are looked at; a look takes tenths of a second.
     """
     loader = ours(tars, batch_size, workers, shuffle=True)
-    every = max(1, len(loader) // _POINTS)
+    every = max(1, len(loader) // looks)
     points: list[tuple[int, float, int]] = []
     began, seen = time.perf_counter(), 0
     for number, batch in enumerate(tqdm(loader, desc="long run", unit="batch"), 1):

@@ -2,7 +2,9 @@ import itertools
 import os
 import socket
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import torch
 from PIL import Image
 
 from realign_lightning.types import PreferenceSample
+
+if TYPE_CHECKING:
+    from tests.processes import Nursery
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores.
@@ -41,6 +46,27 @@ def alone(**more: str) -> dict[str, str]:
     launched = ("MASTER_", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **more}
+
+
+@pytest.fixture(scope="session")
+def warm_nursery() -> Iterator["Nursery"]:
+    """Forks processes that need not import anything."""
+    from tests.processes import nursery
+
+    with nursery() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def run_module(warm_nursery, tmp_path_factory) -> Callable[..., str]:
+    """Runs a module of ours as a script, in as many processes as are to meet; gives what it said."""
+
+    def run(module: str, *arguments: object, processes: int = 1, statuses: Sequence[int] = (), **more: Any) -> str:
+        log = tmp_path_factory.mktemp("run") / "log.txt"
+        life = warm_nursery.start(log, *arguments, program=module, processes=processes, **more)
+        return life.expect(*(statuses or [0] * processes))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from realign_lightning.data import ShardWriter
 from realign_lightning.export import export_checkpoint
 from realign_lightning.losses import RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
-from tests.conftest import alone, picture, preference_samples
+from tests.conftest import picture, preference_samples
 from tests.modules import two_processes
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, make_tiny
 
@@ -361,16 +361,14 @@ class TestShardedFolder:
     """What two processes wrote with FSDP2; the export by the callback, and by the command in this process."""
 
     @pytest.fixture(scope="class", params=[("llava", "projector"), ("qwen2_5_vl", "full")], ids="-".join)
-    def run_of(self, request, tmp_path_factory) -> tuple[str, Path]:
+    def run_of(self, request, tmp_path_factory, run_module) -> tuple[str, Path]:
         family, kind = request.param
         folder = tmp_path_factory.mktemp(kind)
         make_tiny(family, folder / "base")
         with ShardWriter(folder / "shards") as writer:
             for sample in preference_samples(7):
                 writer.write(sample)
-        environment = alone()
-        command = [sys.executable, "-m", "tests.test_export", f"{folder}/base", f"{folder}/shards", kind, f"{folder}"]
-        subprocess.run(command, check=True, timeout=300, env=environment, cwd=ROOT)  # noqa: S603
+        run_module("tests.test_export", folder / "base", folder / "shards", kind, folder, processes=2)
         return kind, folder
 
     def plain(self, kind: str, folder: Path) -> nn.Module:

@@ -3,8 +3,7 @@
 import csv
 import math
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -13,7 +12,7 @@ import yaml
 
 from realign_lightning.cli import run
 from realign_lightning.data import ShardWriter
-from tests.conftest import alone, preference_samples
+from tests.conftest import preference_samples
 from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -124,14 +123,11 @@ def fit_and_validate(arguments: list[str], folder: Path) -> None:
     )
 
 
-def fit_and_validate_in_two_processes(arguments: list[str], folder: Path) -> None:
+def fit_and_validate_in_two_processes(arguments: list[str], folder: Path, run_module: Callable[..., str]) -> None:
     """The same by the command itself, on two ranks with gloo."""
-    environment = alone()
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "realign_lightning"]
 
     def call(*more: str) -> None:
-        subprocess.run([*command, *more], check=True, timeout=300, env=environment, cwd=folder)  # noqa: S603
+        run_module("realign_lightning", *more, processes=2, folder=folder)
 
     two = [*arguments, "--trainer.devices", "2", "--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
     two += ["--trainer.logger.save_dir", "log"]
@@ -149,7 +145,7 @@ def fit_and_validate_in_two_processes(arguments: list[str], folder: Path) -> Non
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-def test_every_recipe_fits_two_steps_and_validates(recipe, shards, tiny_of, inside):
+def test_every_recipe_fits_two_steps_and_validates(recipe, shards, tiny_of, inside, run_module):
     if recipe.name == "digits.yaml":
         # Builds its own pairs for the policy that ships with the package.
         cli = run(["fit", "--config", str(recipe), *SMALL_DIGITS])
@@ -159,7 +155,10 @@ def test_every_recipe_fits_two_steps_and_validates(recipe, shards, tiny_of, insi
         assert math.isfinite(again.trainer.callback_metrics["val/loss"])
         return
     arguments = ["--config", str(recipe), *small(shards, tiny_of(backbone_file(recipe)))]
-    (fit_and_validate_in_two_processes if is_fsdp(recipe) else fit_and_validate)(arguments, inside)
+    if is_fsdp(recipe):
+        fit_and_validate_in_two_processes(arguments, inside, run_module)
+    else:
+        fit_and_validate(arguments, inside)
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.parent.name == "backbones"], ids=name_of)

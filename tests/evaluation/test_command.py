@@ -70,16 +70,16 @@ def test_finished_answers_are_not_generated_again(inside, digits, monkeypatch):
     assert Path("run/metrics.json").read_text() == before
 
 
-def test_two_ranks_count_every_question_once(inside, digits):
+def test_two_ranks_count_every_question_once(inside, digits, run_module):
     """An odd number of images is shared by two processes."""
     shutil.copytree(digits, "benchmarks")
     for kind in ("random", "popular", "adversarial"):
         path = Path(f"benchmarks/pope/digits_pope_{kind}.json")
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     options = pope_options(Path("benchmarks"), "two")
-    command = [sys.executable, "-m", "realign_lightning", "test", *options, *DIGITS, "--trainer.accelerator", "cpu"]
+    command = ["realign_lightning", "test", *options, *DIGITS, "--trainer.accelerator", "cpu"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    subprocess.run(command, check=True, timeout=240, env=alone(PYTHONPATH=str(ROOT)))  # noqa: S603
+    run_module(*command, processes=2, folder=inside)
     run(["test", *pope_options(Path("benchmarks"), "one"), *DIGITS, *CPU])
     assert Path("one/answers.jsonl").read_bytes() == Path("two/answers.jsonl").read_bytes()
     assert read_run(Path("one")).scores == read_run(Path("two")).scores
@@ -89,16 +89,16 @@ def test_two_ranks_count_every_question_once(inside, digits):
 
 
 @pytest.mark.parametrize("ask", ["all", "image"])
-def test_sharded_ranks_keep_up_with_questions_without_a_figure(inside, tiny_llava, ask):
+def test_sharded_ranks_keep_up_with_questions_without_a_figure(inside, tiny_llava, ask, run_module):
     """Under FSDP2 one rank asks a question without a figure while the other asks one with, or none."""
     folder = write_hallusionbench(inside / "hb")
     options = ["--benchmark", "hallusionbench", "--benchmark.file", str(folder / "HallusionBench.json")]
     options += ["--benchmark.images", str(folder), "--benchmark.ask", ask, "--benchmark.max_new_tokens", "3"]
     options += ["--model.backbone", "AutoBackbone", "--model.backbone.path", str(tiny_llava)]
-    command = [sys.executable, "-m", "realign_lightning", "test", *options, "--output", "two", "--batch_size", "1"]
+    command = ["realign_lightning", "test", *options, "--output", "two", "--batch_size", "1"]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     command += ["--trainer.strategy", str(ROOT / "configs" / "strategies" / "fsdp2.yaml")]
-    subprocess.run(command, check=True, timeout=240, env=alone(PYTHONPATH=str(ROOT)))  # noqa: S603
+    run_module(*command, processes=2, folder=inside)
     run(["test", *options, "--output", "one", *CPU])
     answers = [[row.answer for row in read_run(Path(name)).answers] for name in ("one", "two")]
     assert answers[0] == answers[1]

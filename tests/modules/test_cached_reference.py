@@ -38,7 +38,7 @@ from realign_lightning.scoring import score
 from tests.callbacks.helpers import Lengths
 from tests.conftest import picture, preference_samples
 from tests.data.helpers import write_tar
-from tests.modules.test_engines import ROOT, run_module
+from tests.processes import ROOT
 from tests.test_recipes import small
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, make_tiny, make_tiny_llava
 
@@ -771,15 +771,13 @@ class TestCommandLine:
 # ---- several processes
 
 
-def run(checkpoint, shards, kind, engine, reference, cache, output: Path, *precision, **environment) -> None:
-    arguments = [checkpoint, shards, kind, engine, reference, cache, output, *precision]
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        run_module("tests.modules.cached_run", *map(str, arguments))
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+@pytest.fixture
+def run(run_module):
+    def one(checkpoint, shards, kind, engine, reference, cache, output: Path, *precision, **more) -> None:
+        arguments = [checkpoint, shards, kind, engine, reference, cache, output, *precision]
+        run_module("tests.modules.cached_run", *arguments, processes=1 if engine == "one" else 2, **more)
+
+    return one
 
 
 def records_of(output: Path) -> list[dict]:
@@ -792,7 +790,7 @@ def curve_of(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_one_process_ddp_and_fsdp2_agree(kind, tiny_llava, with_bad_one, tmp_path):
+def test_one_process_ddp_and_fsdp2_agree(kind, tiny_llava, with_bad_one, tmp_path, run):
     """Eight samples, one of them bad, dealt to one process or two."""
     run(tiny_llava, with_bad_one, kind, "one", "auto", tmp_path / "none", tmp_path / "live")
     good = [sample for i, sample in enumerate(preference_samples(8)) if i != BAD]
@@ -822,7 +820,7 @@ def test_one_process_ddp_and_fsdp2_agree(kind, tiny_llava, with_bad_one, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_fsdp2_in_mixed_precision(kind, tiny_llava, shards, tmp_path):
+def test_fsdp2_in_mixed_precision(kind, tiny_llava, shards, tmp_path, run):
     """Batches of one and two samples are rounded differently."""
     for reference in ("auto", "cached"):
         cache, output = tmp_path / "reference_cache", tmp_path / reference
@@ -836,11 +834,10 @@ def test_fsdp2_in_mixed_precision(kind, tiny_llava, shards, tmp_path):
     assert made_with["precision"] == "float32 under autocast to bfloat16"
 
 
-def test_after_a_kill_only_the_rest_is_computed(tiny_llava, shards, tmp_path):
+def test_after_a_kill_only_the_rest_is_computed(tiny_llava, shards, tmp_path, run):
     output = tmp_path / "run"
-    with pytest.raises(subprocess.CalledProcessError) as killed:
-        run(tiny_llava, shards, "lora", "one", "cached", tmp_path / "reference_cache", output, KILL_AFTER="3")
-    assert killed.value.returncode == -signal.SIGKILL
+    cache = tmp_path / "reference_cache"
+    run(tiny_llava, shards, "lora", "one", "cached", cache, output, statuses=[-signal.SIGKILL], KILL_AFTER="3")
     assert len(lines_of(tmp_path)) == 3
     # And the last line is half there.
     (file,) = (tmp_path / "reference_cache").glob("*/*.jsonl")
@@ -851,7 +848,7 @@ def test_after_a_kill_only_the_rest_is_computed(tiny_llava, shards, tmp_path):
     assert_same_entries(record["entries"], live_entries(AutoBackbone(str(tiny_llava)), preference_samples(7)))
 
 
-def test_a_rank_that_is_killed_leaves_what_all_ranks_wrote(tiny_llava, shards, tmp_path):
+def test_a_rank_that_is_killed_leaves_what_all_ranks_wrote(tiny_llava, shards, tmp_path, run):
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "KILL_AFTER": "2"}
     arguments = [tiny_llava, shards, "full", "fsdp", "cached", tmp_path / "reference_cache", tmp_path / "run"]
     command = [sys.executable, "-m", "tests.modules.cached_run", *map(str, arguments)]

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,33 +9,23 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from realign_lightning.data import ShardWriter
-from tests.conftest import alone, preference_samples
+from tests.conftest import preference_samples
 from tests.modules import two_processes
 
-ROOT = Path(__file__).parents[2]
 ENGINES = ("one", "ddp", "fsdp")
 LOGGED = ("train/loss", "train/logps/chosen", "train/logps/visual", "train/rewards/margins", "train/rewards/accuracies")
 
 
-def run_module(module: str, *arguments: str) -> None:
-    """Run a module of the tests in a process of its own, which starts the second one itself."""
-    # But for what Lightning left: seeds of earlier tests, which only runs of several processes would take up.
-    environment = alone()
-    command = [sys.executable, "-m", module, *arguments]
-    subprocess.run(command, check=True, timeout=300, env=environment, cwd=ROOT)  # noqa: S603
-
-
 @pytest.fixture(scope="module", params=["lora", "projector", "full"])
-def runs(request, tiny_llava, tmp_path_factory) -> tuple[str, Path]:
+def runs(request, tiny_llava, tmp_path_factory, run_module) -> tuple[str, Path]:
     """Seven samples in batches of 4 or 2 x 2: in every second step one rank holds two samples, the other one."""
     folder = tmp_path_factory.mktemp(request.param)
     with ShardWriter(folder / "shards") as writer:
         for sample in preference_samples(7):
             writer.write(sample)
     for engine in ENGINES:
-        run_module(
-            "tests.modules.two_processes", str(tiny_llava), f"{folder}/shards", request.param, engine, f"{folder}"
-        )
+        arguments = (tiny_llava, folder / "shards", request.param, engine, folder)
+        run_module("tests.modules.two_processes", *arguments, processes=1 if engine == "one" else 2)
     return request.param, folder
 
 

@@ -17,7 +17,7 @@ from realign_lightning.modules import NonFiniteError, RDPOModule
 from realign_lightning.modules.finite import MOST_SKIPS, FiniteGuard, name_some
 from realign_lightning.types import EncodedSample
 from tests.conftest import preference_samples
-from tests.modules.test_engines import csv_rows, run_module
+from tests.modules.test_engines import csv_rows
 
 
 def with_broken_image(sample: EncodedSample) -> EncodedSample:
@@ -236,9 +236,9 @@ def test_messages_name_twenty_samples_at_most():
     assert name_some([str(number) for number in range(23)]).endswith("18, 19 and 3 more")
 
 
-def test_ranks_skip_and_stop_together(tiny_llava, tmp_path):
+def test_ranks_skip_and_stop_together(tiny_llava, tmp_path, run_module):
     """One rank's sample is broken; with every loss finite, one rank's gradient overflows."""
-    run_module("tests.modules.finite_run", str(tiny_llava), str(tmp_path))
+    run_module("tests.modules.finite_run", tiny_llava, tmp_path, processes=2)
     for engine in ("ddp", "fsdp"):
         weights = {path.stem: torch.load(path, weights_only=True) for path in (tmp_path / engine).glob("*.pt")}
         assert set(weights) == {"broken", "steep", "without"}

@@ -15,7 +15,7 @@ from realign_lightning.backbones import AutoBackbone, LoRA
 from realign_lightning.data import ShardWriter
 from realign_lightning.modules import FSDP2Strategy, RDPOModule
 from tests.conftest import preference_samples
-from tests.modules.test_engines import ROOT, run_module
+from tests.processes import ROOT
 from tests.tiny_models import FAMILIES, make_tiny, make_tiny_llava
 
 
@@ -53,22 +53,22 @@ def make_large_llava(folder: Path) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_no_rank_ever_holds_the_whole_model(tmp_path):
+def test_no_rank_ever_holds_the_whole_model(tmp_path, run_module):
     size = make_large_llava(tmp_path / "large")
     assert size > 8e8
-    run_module("tests.modules.sharded_memory", str(tmp_path / "large"), str(tmp_path))
+    run_module("tests.modules.sharded_memory", tmp_path / "large", tmp_path, processes=2)
     for rank in (0, 1):
         measured = json.loads((tmp_path / f"{rank}.json").read_text())
         assert measured["held"] >= 0.49 * size, "every weight was read"
         assert measured["held"] <= measured["peak"] <= 0.65 * size
 
 
-def test_a_resumed_sharded_run_is_the_undisturbed_one(tiny_llava, tmp_path):
+def test_a_resumed_sharded_run_is_the_undisturbed_one(tiny_llava, tmp_path, run_module):
     """Five epochs of two steps, and again from the middle of the third, with the schedule that recipes have."""
     with ShardWriter(tmp_path / "shards") as writer:
         for sample in preference_samples(4):
             writer.write(sample)
-    run_module("tests.modules.sharded_resume", str(tiny_llava), str(tmp_path / "shards"), str(tmp_path))
+    run_module("tests.modules.sharded_resume", tiny_llava, tmp_path / "shards", tmp_path, processes=2)
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():

@@ -365,19 +365,17 @@ def test_without_a_policy_it_says_what_is_missing(inside):
         digits("--backbone", "null")
 
 
-def test_settings_that_are_refused_end_in_one_message(inside):
+def test_settings_that_are_refused_end_in_one_message(inside, run_module):
     """Also where the parser of recipes wraps the reason into one of its own."""
-    command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
-    environment = alone(PYTHONPATH=str(ROOT))
+    command = ["realign_lightning", "build", "--config", RECIPES / "digits.yaml"]
     for arguments, message in (
         (["--builder.masker.init_args.fraction", "2"], "error: Expected `fraction` in (0, 1], got 2.0.\n"),
         (["--builder.gate.init_args.refusals", "['(']"], "error: Expected `refusals` to be regular expressions"),
         (["--output", "/proc/nothing/pairs"], "error: /proc/nothing"),
     ):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)  # noqa: S603
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        said = run_module(*command, *arguments, folder=inside, statuses=[1])
+        assert message in said
+        assert "Traceback" not in said
 
 
 def test_sigterm_ends_the_build_where_it_is(inside):
@@ -405,11 +403,14 @@ def test_another_precision_gives_other_answers(inside):
 # ---- several processes
 
 
-def in_processes(output: str, *arguments: str) -> None:
-    environment = alone(PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "realign_lightning", "build", "--config", str(RECIPES / "digits.yaml")]
-    command += ["--source.init_args.scenes", "20", "--output", output, *arguments]
-    subprocess.run(command, check=True, timeout=300, env=environment)  # noqa: S603
+@pytest.fixture
+def in_processes(inside, run_module):
+    def build(processes: int, output: str, *arguments: str) -> None:
+        command = ["realign_lightning", "build", "--config", RECIPES / "digits.yaml"]
+        command += ["--source.init_args.scenes", "20", "--output", output, *arguments]
+        run_module(*command, processes=processes, folder=inside)
+
+    return build
 
 
 def test_the_quick_start_trains_on_two_devices(inside):
@@ -424,10 +425,10 @@ def test_the_quick_start_trains_on_two_devices(inside):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_build_what_one_does(inside, strategy):
+def test_two_processes_build_what_one_does(in_processes, strategy):
     file = str(ROOT / "configs" / "strategies" / "fsdp2.yaml") if strategy == "fsdp2" else strategy
-    in_processes("one")
-    in_processes("two", "--trainer.devices", "2", "--trainer.strategy", file)
+    in_processes(1, "one")
+    in_processes(2, "two", "--trainer.devices", "2", "--trainer.strategy", file)
     one, two = samples_of(Path("one")), samples_of(Path("two"))
     assert list(one) == list(two)
     for key, sample in one.items():
@@ -439,5 +440,5 @@ def test_two_processes_build_what_one_does(inside, strategy):
     if strategy == "ddp":
         assert bytes_of(Path("one")) == bytes_of(Path("two"))
     again = bytes_of(Path("two"))
-    in_processes("two")
+    in_processes(1, "two")
     assert bytes_of(Path("two")) == again, "one process goes on where two have been"

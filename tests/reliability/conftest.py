@@ -1,18 +1,9 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from realign_lightning.data import ShardWriter
 from tests.conftest import preference_samples
-from tests.reliability.lives import Nursery, nursery
-
-
-@pytest.fixture(scope="session")
-def warm_nursery() -> Iterator[Nursery]:
-    """Forks training processes that need not import anything."""
-    with nursery() as one:
-        yield one
 
 
 @pytest.fixture(scope="session")

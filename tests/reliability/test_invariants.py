@@ -31,7 +31,6 @@ from realign_lightning.types import VIEWS, EncodedSample, LogProbs, PreferenceBa
 from tests.backbones.test_sharing import pad, plain_log_probs
 from tests.conftest import picture, preference_samples
 from tests.losses.trl_loss import trl_preference_losses
-from tests.modules.test_engines import run_module
 from tests.reliability import engine_run
 
 # Largest residuals, relative to what is above 1: float32, bfloat16. 0 is every bit.
@@ -364,10 +363,10 @@ def test_activation_checkpointing(world):
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_llava, tmp_path_factory) -> Path:
+def engines(tiny_llava, tmp_path_factory, run_module) -> Path:
     """What two processes trained, by engine, precision and whether ranks know of each other's samples."""
     folder = tmp_path_factory.mktemp("engines")
-    run_module("tests.reliability.engine_run", str(tiny_llava), str(folder))
+    run_module("tests.reliability.engine_run", tiny_llava, folder, processes=2)
     return folder
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from realign_lightning.checkpoints import disk
-from tests.reliability.lives import Nursery, assert_all_load, assert_same, final, lines, newest_step, wait_for
+from tests.processes import Nursery
+from tests.reliability.lives import assert_all_load, assert_same, final, lines, newest_step, wait_for
 from tests.reliability.training import FINAL
 
 ONE = ("--steps", 120, "--accumulate", 2, "--every_steps", 2, "--save_last", "--pause", 0.01)

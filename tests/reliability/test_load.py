@@ -18,7 +18,7 @@ def test_ten_thousand_samples(tmp_path):
     write_tars(tmp_path, 10_000, 1000)
     index = index_times(tmp_path)
     assert index["samples_per_second"] > 0
-    found = long_run(sorted(tmp_path.glob("*.tar")), 16, 2)
+    found = long_run(sorted(tmp_path.glob("*.tar")), 16, 2, looks=40)
     assert found["samples"] == 10_000
     check_long_run(found)
 

@@ -250,7 +250,7 @@ def test_the_same_command_line_starts_goes_on_and_finishes(warm_nursery, inputs,
     recipe += ["--trainer.logger.name", "mine", "--trainer.logger.flush_logs_every_n_steps", "1"]
     recipe += ["--trainer.log_every_n_steps", "1", "--ckpt_path", "last"]
     log = tmp_path / "log.txt"
-    life = warm_nursery.start(log, *recipe, program="command", folder=tmp_path)
+    life = warm_nursery.start(log, *recipe, program="realign_lightning", folder=tmp_path)
     wait_for(lambda: list(tmp_path.rglob("metrics.csv")))
     life.send(signal.SIGTERM)
     life.expect(75)
@@ -258,9 +258,9 @@ def test_the_same_command_line_starts_goes_on_and_finishes(warm_nursery, inputs,
     (saved,) = tmp_path.rglob("preempted.ckpt")
     step = read_header(saved)["global_step"]
     assert 0 < step < 40
-    warm_nursery.start(log, *recipe, program="command", folder=tmp_path).expect(0)
+    warm_nursery.start(log, *recipe, program="realign_lightning", folder=tmp_path).expect(0)
     assert f"going on from {saved.relative_to(tmp_path)}" in log.read_text()
     assert read_header(newest_checkpoint(tmp_path))["global_step"] == 40
     other = [*recipe, "--model.loss.init_args.beta", "0.7"]
-    warm_nursery.start(log, *other, program="command", folder=tmp_path).expect(1)
+    warm_nursery.start(log, *other, program="realign_lightning", folder=tmp_path).expect(1)
     assert "made with other settings: model.loss.init_args.beta was 0.1" in log.read_text()
