@@ -88,6 +88,9 @@ class KilledRun:
         before = newest_step(folder)
         self._kill(life)
         statuses = life.statuses()
+        if not any(statuses):
+            # It came to its end in the moment before.
+            return
         assert -signal.SIGKILL in statuses, f"{statuses}\n{life.log.read_text()[-3000:]}"
         trained = lines(folder) - known
         seconds = time.monotonic() - life.started
