@@ -4,6 +4,7 @@ from realign_lightning.demos.benchmarks import write_digit_benchmarks
 from realign_lightning.demos.policy import POLICY_FOLDER
 from realign_lightning.demos.quickstart import DigitBackbone, DigitCHAIR, DigitPairs, DigitPOPE
 from realign_lightning.demos.scenes import DigitWorld, Scene
+from realign_lightning.demos.skills import DigitSkills
 from realign_lightning.demos.source import DigitScenes
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DigitPOPE",
     "DigitPairs",
     "DigitScenes",
+    "DigitSkills",
     "DigitWorld",
     "Scene",
     "write_digit_benchmarks",

@@ -8,6 +8,7 @@ load them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ PAD, BEGIN, END, IMAGE, UNKNOWN = "<pad>", "<s>", "</s>", "<image>", "<unk>"
 """Special tokens, their ids are 0 to 4."""
 
 _ROLES = ("USER", "ASSISTANT")
-_TOKENS = (PAD, BEGIN, END, IMAGE, UNKNOWN, *_ROLES, *VOCABULARY)
+_SPECIAL = (PAD, BEGIN, END, IMAGE, UNKNOWN, *_ROLES)
 
 # The turns of LLaVA 1.5. Content is a text, or a list of text and image parts.
 _CHAT_TEMPLATE = """\
@@ -69,12 +70,15 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(words: Sequence[str] = VOCABULARY) -> LlavaProcessor:
     """The policy's processor: CLIP's image processor, a word-level fast tokenizer and a chat template.
 
     Words and punctuation marks are one token each, with or without spaces around them; a text of the scenes' vocabulary
     decodes to itself with single spaces between tokens. ``[MASK]`` is an ordinary word. Padding goes to the left, as
     generation needs it. Scenes are taken as they are; other images are resized and cropped to the square of a scene.
+
+    Args:
+        words: what the tokenizer knows.
 
     Returns:
         A processor that gives ``input_ids``, ``attention_mask`` and ``pixel_values`` (N, 3, 32, 32), and writes 16
@@ -82,7 +86,7 @@ def build_processor() -> LlavaProcessor:
     """
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=_build_image_processor(),
-        tokenizer=_build_tokenizer(),
+        tokenizer=_build_tokenizer(words),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         # The class token of the tower, which "default" then drops again.
@@ -92,22 +96,23 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_policy(seed: int) -> LlavaForConditionalGeneration:
+def build_policy(seed: int, words: Sequence[str] = VOCABULARY) -> LlavaForConditionalGeneration:
     """An untaught policy with random weights.
 
     Args:
         seed: of the random weights; the state of torch's global generator is left alone.
+        words: what its tokenizer knows.
 
     Returns:
         A float32 model of 1.26 million parameters in eval mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(_build_config())
+        model = LlavaForConditionalGeneration(_build_config(words))
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        pad_token_id=_TOKENS.index(PAD),
-        bos_token_id=_TOKENS.index(BEGIN),
-        eos_token_id=_TOKENS.index(END),
+        pad_token_id=_SPECIAL.index(PAD),
+        bos_token_id=_SPECIAL.index(BEGIN),
+        eos_token_id=_SPECIAL.index(END),
         do_sample=False,
         max_new_tokens=48,
     )
@@ -125,9 +130,9 @@ def _build_image_processor() -> CLIPImageProcessor:
     )
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
-    words = models.WordLevel({token: index for index, token in enumerate(_TOKENS)}, unk_token=UNKNOWN)
-    tokenizer = Tokenizer(words)
+def _build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate((*_SPECIAL, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[MASK\]|\w+|[^\w\s]"), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -142,7 +147,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _build_config() -> LlavaConfig:
+def _build_config(words: Sequence[str]) -> LlavaConfig:
     width, layers, heads = 128, 4, 4
     vision = CLIPVisionConfig(
         hidden_size=width,
@@ -154,7 +159,7 @@ def _build_config() -> LlavaConfig:
         projection_dim=width,
     )
     text = LlamaConfig(
-        vocab_size=len(_TOKENS),
+        vocab_size=len(_SPECIAL) + len(words),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -163,14 +168,14 @@ def _build_config() -> LlavaConfig:
         max_position_embeddings=MAX_LENGTH,
         # With the usual 0.02 so small a model learns to answer yes or no only at chance.
         initializer_range=0.06,
-        pad_token_id=_TOKENS.index(PAD),
-        bos_token_id=_TOKENS.index(BEGIN),
-        eos_token_id=_TOKENS.index(END),
+        pad_token_id=_SPECIAL.index(PAD),
+        bos_token_id=_SPECIAL.index(BEGIN),
+        eos_token_id=_SPECIAL.index(END),
     )
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=_TOKENS.index(IMAGE),
+        image_token_index=_SPECIAL.index(IMAGE),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

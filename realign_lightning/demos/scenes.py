@@ -234,6 +234,19 @@ def handwriting(split: Split) -> dict[str, NDArray[np.float64]]:
     return {name: glyphs[order[data.target[order] == value]] for value, name in enumerate(DIGITS)}
 
 
+def to_image(light: NDArray[np.float64], noise: float, generator: np.random.Generator) -> Image.Image:
+    """The picture of light intensities under noise.
+
+    Args:
+        light: (height, width, 3); 1 is full ink.
+        noise: standard deviation of the Gaussian noise.
+        generator: of the noise.
+    """
+    light = light + generator.normal(scale=noise, size=light.shape)
+    levels = (light - DARKEST) / (BRIGHTEST - DARKEST) * 255
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+
+
 def _place_digits(skew: float, generator: np.random.Generator) -> tuple[PlacedDigit, ...]:
     count = int(generator.integers(1, len(CELLS) + 1))
     cells = sorted(generator.choice(len(CELLS), size=count, replace=False))
@@ -269,9 +282,7 @@ def _draw(
         rows = slice(row * _CELL_SIZE, (row + 1) * _CELL_SIZE)
         columns = slice(column * _CELL_SIZE, (column + 1) * _CELL_SIZE)
         light[rows, columns] = glyph[:, :, None] * np.array(INKS[placed.colour])
-    light += generator.normal(scale=noise, size=light.shape)
-    levels = (light - DARKEST) / (BRIGHTEST - DARKEST) * 255
-    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    return to_image(light, noise, generator)
 
 
 def _check_digit(digit: str) -> None:

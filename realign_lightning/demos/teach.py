@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from realign_lightning.demos.scenes import (
     DIGITS,
     IMAGE_SIZE,
     INKS,
+    VOCABULARY,
     DigitWorld,
     Scene,
     absent,
@@ -38,6 +39,7 @@ from realign_lightning.demos.scenes import (
     objects,
     question,
 )
+from realign_lightning.demos.skills import SKILL_VOCABULARY, DigitSkills, Skill, ask, large_scene
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def teach(
     skew: float = 0.9,
     noise: float = 0.3,
     validation_scenes: int = 300,
+    skill_share: float = 0.0,
 ) -> dict[str, float]:
     """Teach a policy and save it with its processor, in the format of transformers.
 
@@ -80,39 +83,48 @@ def teach(
     Args:
         output: folder for the checkpoint; made if needed, must be empty.
         seed: of weights, scenes and lessons.
-        vision_steps: optimizer steps of the vision tower, at least 2.
-        steps: optimizer steps of projector and language model, at least 2.
+        vision_steps: optimizer steps of the vision tower, at least 3.
+        steps: optimizer steps of projector and language model, at least 3.
         vision_batch_size: scenes per step of the vision tower.
         batch_size: lessons per step of projector and language model.
         learning_rate: highest learning rate of both cycles.
         skew: skew of the world of the lessons.
         noise: noise of all scenes.
         validation_scenes: scenes of a balanced validation world that the report is measured on.
+        skill_share: share of the lessons, and a quarter of it of the vision tower's scenes, that are about the skills
+            of :mod:`~realign_lightning.demos.skills`; above 0 the tokenizer knows their words.
 
     Returns:
-        The numbers of :func:`measure`.
+        The numbers of :func:`measure`; with skills also those of :class:`~realign_lightning.demos.DigitSkills`, as
+        shares.
 
     Raises:
         ValueError: if a count is too small or the learning rate is not positive.
         FileExistsError: if ``output`` is a file or a folder with something in it.
     """
     _check_arguments(vision_steps, steps, vision_batch_size, batch_size, learning_rate, validation_scenes)
+    if not 0 <= skill_share < 1:
+        raise ValueError(f"skill_share must be at least 0 and below 1, but is {skill_share}")
     world = DigitWorld("train", skew, seed, noise)
     validation = DigitWorld("validation", 0.0, seed, noise).scenes(validation_scenes)
     output = Path(output)
     _make_empty_folder(output)
-    model, processor = build_policy(seed), build_processor()
+    words = SKILL_VOCABULARY if skill_share else VOCABULARY
+    model, processor = build_policy(seed, words), build_processor(words)
     model.train()
-    teach_vision(model, processor, world, vision_steps, vision_batch_size, learning_rate)
+    large = skill_share / 4
+    teach_vision(model, processor, world, vision_steps, vision_batch_size, learning_rate, large)
     # Scenes that the vision tower has not been taught on.
     start = vision_steps * vision_batch_size
-    teach_language(model, processor, world, steps, batch_size, learning_rate, start)
+    teach_language(model, processor, world, steps, batch_size, learning_rate, start, skill_share)
     model.train(False)
     report = measure(model, processor, validation)
+    if skill_share:
+        report |= _measure_skills(model, processor, DigitSkills(validation_scenes, "validation", seed=seed))
     _log.info("taught with seed %d; on %d validation scenes: %s", seed, validation_scenes, report)
     model.save_pretrained(output)
     # A fresh one: a used tokenizer would save the padding of its last call.
-    build_processor().save_pretrained(output)
+    build_processor(words).save_pretrained(output)
     return report
 
 
@@ -123,6 +135,7 @@ def teach_vision(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    large_share: float = 0.0,
 ) -> None:
     """Teach the vision tower to tell digit and ink of every cell: the stand-in for CLIP's pretraining.
 
@@ -135,6 +148,7 @@ def teach_vision(
         steps: optimizer steps.
         batch_size: scenes per step.
         learning_rate: highest learning rate of the cycle.
+        large_share: share of the scenes that one digit fills; it is in all of their cells then.
     """
     tower = model.model.vision_tower
     with torch.random.fork_rng(devices=[]):
@@ -144,6 +158,8 @@ def teach_vision(
     optimizer, scheduler = _one_cycle(parameters, learning_rate, steps, warm_up=0.15)
     for step in tqdm(range(steps), desc="teaching the vision tower", unit="step"):
         scenes = world.scenes(batch_size, start=step * batch_size)
+        for row in range(round(large_share * batch_size)):
+            scenes[row] = _everywhere(large_scene(world, step * batch_size + row))
         pixels = processor.image_processor([scene.image for scene in scenes], return_tensors="pt")["pixel_values"]
         patches = tower(pixel_values=pixels).last_hidden_state[:, 1:]
         digit_logits, ink_logits = probe(_cell_features(patches)).split([len(DIGITS) + 1, len(INKS)], dim=-1)
@@ -161,6 +177,7 @@ def teach_language(
     batch_size: int,
     learning_rate: float,
     start: int = 0,
+    skill_share: float = 0.0,
 ) -> None:
     """Teach projector and language model by plain SFT on :func:`lesson` responses; the vision tower stays as it is.
 
@@ -172,6 +189,7 @@ def teach_language(
         batch_size: lessons per step.
         learning_rate: highest learning rate of the cycle.
         start: number of the first scene.
+        skill_share: share of the lessons that are about a skill, each as often.
     """
     generator = np.random.default_rng((world.seed, start))
     model.model.vision_tower.requires_grad_(False)
@@ -179,7 +197,11 @@ def teach_language(
     optimizer, scheduler = _one_cycle(parameters, learning_rate, steps, warm_up=0.1)
     for step in tqdm(range(steps), desc="teaching to describe and answer", unit="step"):
         scenes = world.scenes(batch_size, start=start + step * batch_size)
-        batch = encode_lessons(processor, scenes, [lesson(scene, generator) for scene in scenes])
+        lessons = [lesson(scene, generator) for scene in scenes]
+        for row in range(round(skill_share * batch_size)):
+            number = start + step * batch_size + row
+            scenes[row], lessons[row] = _skill_lesson(world, number, generator)
+        batch = encode_lessons(processor, scenes, lessons)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none")
@@ -210,6 +232,17 @@ def lesson(scene: Scene, generator: np.random.Generator) -> list[Turn]:
         for _ in range(QUESTIONS_PER_LESSON)
     ]
     return [(question(digit), answer(scene, digit)) for digit in asked]
+
+
+def _skill_lesson(world: DigitWorld, number: int, generator: np.random.Generator) -> tuple[Scene, list[Turn]]:
+    skill: Skill = get_args(Skill)[generator.integers(len(get_args(Skill)))]
+    scene = large_scene(world, number) if skill == "read" else world.scene(number)
+    return scene, [ask(skill, scene, generator)]
+
+
+def _everywhere(scene: Scene) -> Scene:
+    """A large scene for lessons that are about cells."""
+    return Scene(scene.image, tuple(scene.digits[0]._replace(cell=cell) for cell in CELLS))
 
 
 def encode_lessons(
@@ -309,6 +342,14 @@ def measure(
     }
 
 
+def _measure_skills(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, skills: DigitSkills
+) -> dict[str, float]:
+    _, scenes, prompts, _ = zip(*skills.asked, strict=True)
+    answers = respond(model, processor, scenes, prompts)
+    return {name: value / 100 for name, value in skills.score(answers).items()}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Command line of :func:`teach`: teaches a policy and writes its report to standard output as JSON.
 
@@ -324,6 +365,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "--vision-steps", type=int, default=900, help="steps of the vision tower (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=600, help="steps of the language model (default: %(default)s)")
+    parser.add_argument(
+        "--skill-share",
+        type=float,
+        default=0.0,
+        help="share of the lessons that are about counting, inks, places and large digits (default: %(default)s)",
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads; other numbers change the weights (default: 1)"
     )
@@ -346,8 +393,8 @@ def _check_arguments(
     validation_scenes: int,
 ) -> None:
     lowest = {
-        "vision_steps": (vision_steps, 2),
-        "steps": (steps, 2),
+        "vision_steps": (vision_steps, 3),
+        "steps": (steps, 3),
         "vision_batch_size": (vision_batch_size, 1),
         "batch_size": (batch_size, 1),
         "validation_scenes": (validation_scenes, 1),

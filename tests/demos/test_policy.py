@@ -305,7 +305,8 @@ def test_the_command_line_teaches(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("realign_lightning.demos.teach.teach", record)
     threads = torch.get_num_threads()
     main(["--output", str(tmp_path / "x"), "--seed", "3", "--steps", "7", "--vision-steps", "9"])
-    assert seen == {"output": tmp_path / "x", "seed": 3, "steps": 7, "vision_steps": 9, "threads": 1}
+    numbers = {"seed": 3, "steps": 7, "vision_steps": 9, "skill_share": 0.0, "threads": 1}
+    assert seen == {"output": tmp_path / "x", **numbers}
     assert torch.get_num_threads() == threads
     assert json.loads(capsys.readouterr().out) == {"recall": 0.5}
 
