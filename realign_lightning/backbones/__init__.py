@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from realign_lightning.backbones.auto import AutoBackbone
     from realign_lightning.backbones.packing import Packing, Tree
     from realign_lightning.backbones.paligemma import PaliGemmaBackbone
+    from realign_lightning.backbones.strength import AdapterStrength
 
 _HOMES = {
+    "AdapterStrength": "realign_lightning.backbones.strength",
     "AutoBackbone": "realign_lightning.backbones.auto",
     "LoRA": "realign_lightning.backbones.adapters",
     "Packing": "realign_lightning.backbones.packing",
@@ -26,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "PARTS",
+    "AdapterStrength",
     "AutoBackbone",
     "Backbone",
     "ImageFeatures",
