@@ -9,6 +9,7 @@ adds in ``REALIGN_SAFE_PACKAGES``. The refusal comes before the import.
 from __future__ import annotations
 
 import importlib.machinery
+import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -50,12 +51,17 @@ REFUSED = (
 """What recipes may not name in safe mode, although it is part of what they may."""
 
 _CONFIG = "config"
-_ENDINGS = (".yaml", ".yml", ".json")
+_LONGEST_PATH = 4096
 _LARGEST_RECIPE = 1 << 22
 _COMMAND_LINE = "the command line"
-_WRITTEN_TO = ("default_root_dir", "dirpath", "save_dir", "root_dir", "output", "work", "folder", "reference_cache")
-"""Settings that say where files are written."""
+_READ_FROM = ("train", "val", "base_url")
+"""Settings that may be addresses in a recipe: shards are only read, and engines look at their endpoints themselves."""
 
+_ADDRESS = re.compile(r"\s*[\w+.-]+(://|::)")
+_TELLING = re.compile(rb"class_path|init_args|default_root_dir")
+"""What a file holds that is a recipe with more than plain numbers."""
+
+_TOO_LARGE = "more than 4 MiB"
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -157,10 +163,16 @@ def _check_recipes(arguments: Sequence[str]) -> None:
                 f"{place} is {place.value!r}, but a recipe cannot let a checkpoint run its own Python code. Take it "
                 f"out; if you trust the code, add --{REMOTE_CODE} true to the command."
             )
-        if is_safe and _writes_elsewhere(place):
+        if is_safe and place.key == _TOO_LARGE:
             raise ValueError(
-                f"{place}: {place.value!r} is not written to: in safe mode ({SAFE_MODE}) no recipe says that files of "
-                "yours go to another machine. Give this path on the command line if you want it."
+                f"{place.file} looks like a recipe of {_TOO_LARGE}, which is not looked through: in safe mode "
+                f"({SAFE_MODE}) it is not read."
+            )
+        if is_safe and _names_address(place):
+            raise ValueError(
+                f"{place}: {place.value!r} is an address: in safe mode ({SAFE_MODE}) recipes name none but those of "
+                "shards to read (`train`, `val`), so that no files of yours go to another machine. Give it on the "
+                "command line if you want it."
             )
         if is_safe and _names_code(place) and not is_allowed(place.value):
             raise ValueError(
@@ -205,17 +217,34 @@ def _follow(place: Place, folder: Path, seen: set[Path]) -> Iterator[Place]:
         return
     if place.value.lstrip()[:1] in ("{", "["):
         yield from _walk(_parsed(place.value), place.file, place.key, folder, seen)
-    elif "\n" not in place.value and (place.value.endswith(_ENDINGS) or place.key == f"--{_CONFIG}"):
+    elif "\n" not in place.value and len(place.value) < _LONGEST_PATH and "\0" not in place.value:
         # A path counts from the file that holds it; jsonargparse also looks in the current folder.
         for file in {folder / place.value, Path(place.value)}:
             yield from _in_file(file, seen)
 
 
 def _in_file(file: Path, seen: set[Path]) -> Iterator[Place]:
-    if not file.is_file() or file.resolve() in seen or file.stat().st_size > _LARGEST_RECIPE:
+    if not file.is_file() or file.resolve() in seen:
         return
     seen.add(file.resolve())
-    yield from _walk(_parsed(file.read_text(encoding="utf-8", errors="replace")), str(file), "", file.parent, seen)
+    if file.stat().st_size > _LARGEST_RECIPE:
+        yield from _in_large_file(file)
+        return
+    content = file.read_bytes()
+    # jsonargparse opens files of any name where a setting may be one; shards and pictures are none of them.
+    if b"\0" not in content:
+        yield from _walk(_parsed(content.decode("utf-8", errors="replace")), str(file), "", file.parent, seen)
+
+
+def _in_large_file(file: Path) -> Iterator[Place]:
+    """What is told without parsing, which would take minutes: data are large, recipes are not."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if b"\0" in content[:4096]:
+            return
+        if re.search(REMOTE_CODE.encode(), content):
+            yield Place(str(file), REMOTE_CODE, True)
+        if _TELLING.search(content):
+            yield Place(str(file), _TOO_LARGE, None)
 
 
 def _parsed(text: str) -> Any:
@@ -237,10 +266,12 @@ def _walk(value: Any, file: str, key: str, folder: Path, seen: set[Path]) -> Ite
         yield from _follow(Place(file, key, value), folder, seen)
 
 
-def _writes_elsewhere(place: Place) -> bool:
-    """Whether a recipe (what the command line says is the user's own) names an address to write to."""
-    named = place.key.rpartition(".")[2] in _WRITTEN_TO and isinstance(place.value, str)
-    return named and place.file != _COMMAND_LINE and ("://" in place.value or "::" in place.value)
+def _names_address(place: Place) -> bool:
+    """Whether a recipe (what the command line says is the user's own) names an address that files could be sent to."""
+    if place.file == _COMMAND_LINE or not isinstance(place.value, str):
+        return False
+    name = place.key.rpartition(".")[2].partition("[")[0]
+    return name not in _READ_FROM and _ADDRESS.match(place.value) is not None
 
 
 def _names_code(place: Place) -> bool:

@@ -180,7 +180,8 @@ def test_files_that_recipes_name_are_looked_through(hostile, safe_mode):
         with pytest.raises(ValueError, match=r"^anything: model\.loss\.class_path"):
             run(["fit", "--config", DIGITS, *option])
     Path("loss.txt").write_text(yaml.safe_dump(LOSS))
-    assert read("fit", "--config", DIGITS, "--model.loss", "loss.txt") == 2, "whatever the file is called"
+    with pytest.raises(ValueError, match=r"loss\.txt: class_path: 'hostile_module\.Loss'"):
+        run(["fit", "--config", DIGITS, "--model.loss", "loss.txt"])
     assert not hostile.ran
 
 
@@ -274,7 +275,8 @@ def test_pieces_from_urls_are_not_fetched(hostile, monkeypatch, capsys):
     piece = recipe({"model": {"loss": "memory://loss.yaml"}})
     assert read("fit", "--config", DIGITS, "--config", piece) == 0, "the control: Lightning reads them"
     monkeypatch.setenv("REALIGN_SAFE_CONFIG", "1")
-    assert read("fit", "--config", DIGITS, "--config", piece) == 2
+    with pytest.raises(ValueError, match=r"model\.loss: 'memory://loss\.yaml' is an address"):
+        run(["fit", "--config", DIGITS, "--config", piece])
     capsys.readouterr()
 
 
@@ -399,6 +401,18 @@ def test_the_environment_is_not_left_changed():
         (
             {
                 "trainer": {
+                    "logger": {
+                        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                        "init_args": {"save_dir": "", "name": "memory://bucket/x"},
+                    }
+                }
+            },
+            r"trainer\.logger\.init_args\.name",
+        ),
+        ({"trainer": {"default_root_dir": " simplecache::memory://x"}}, "trainer.default_root_dir"),
+        (
+            {
+                "trainer": {
                     "callbacks": [
                         {
                             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -414,7 +428,43 @@ def test_the_environment_is_not_left_changed():
 def test_a_recipe_sends_no_files_anywhere(safe_mode, tmp_path, settings, key):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match=rf"recipe\.yaml: {key}: .* is not written to"):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: {key}: .* is an address"):
+        run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
+
+
+def test_a_piece_of_any_name_sends_no_files_anywhere(safe_mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "memory://bucket/x"}}
+    Path("lg.txt").write_text(yaml.safe_dump(logger))
+    for piece in ({"trainer": {"logger": "lg.txt"}}, {"trainer": "tr.txt"}):
+        Path("tr.txt").write_text(yaml.safe_dump({"logger": logger}))
+        Path("recipe.yaml").write_text(yaml.safe_dump(piece))
+        with pytest.raises(ValueError, match=r"(lg|tr)\.txt: .*save_dir: 'memory://bucket/x' is an address"):
+            run(["fit", "--config", DIGITS, "--config", "recipe.yaml", "--print_config"])
+
+
+@pytest.mark.parametrize("text", ["trainer: {default_root_dir: memory://x}", "model: {loss: {class_path: a.B}}"])
+def test_recipes_too_large_to_be_looked_through_are_not_read(safe_mode, tmp_path, text):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# padding\n" * 500_000 + text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml looks like a recipe of more than 4 MiB"):
+        run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
+
+
+def test_large_data_are_no_recipes(tmp_path, safe_mode):
+    (tmp_path / "data.json").write_text(json.dumps([{"image": f"http://{number}.jpg"} for number in range(200_000)]))
+    (tmp_path / "shard.tar").write_bytes(b"class_path" + bytes(5 << 20))
+    for name in ("data.json", "shard.tar"):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"data": {"train": str(tmp_path / name)}}))
+        with pytest.raises(SystemExit):
+            run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
+
+
+def test_code_of_checkpoints_is_refused_in_large_recipes_too(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# padding\n" * 500_000 + "model: {backbone: {init_args: {trust_remote_code: true}}}")
+    with pytest.raises(ValueError, match="cannot let a checkpoint run its own Python code"):
         run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
 
 

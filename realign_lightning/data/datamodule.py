@@ -110,8 +110,9 @@ class DualPreferenceDataModule(LightningDataModule):
     are spread over shards. All ranks take equally many steps: the last batches are filled up by samples of weight 0
     (``PreferenceBatch.weights``), as are the places of samples that cannot be used. These are logged once with shard,
     key and reason, listed in ``quarantine.jsonl`` in the run's log folder, and stop the run when they exceed
-    ``max_bad_fraction`` (see :class:`SkipLog`); with several ranks the sum over all ranks is checked every 64 batches
-    and at the end of each pass over the data.
+    ``max_bad_fraction`` (see :class:`SkipLog`); with several ranks the sum over all ranks is checked after each of the
+    first 64 batches of a pass over the data, then every 64 batches and at its end; after every batch where none is
+    allowed.
 
     A checkpoint knows how far the epoch had come: a resumed run goes on with the very next batch, on any number of
     ranks, as long as the global batch (``batch_size`` x ranks x ``accumulate_grad_batches``) stays the same.
@@ -311,8 +312,8 @@ class DualPreferenceDataModule(LightningDataModule):
         Returns:
             ``epoch``; ``consumed``, samples of its order that all ranks have read; what that order depends on
             (``manifest``, ``seed``, ``shuffle``, ``group_by_length``, ``block_shards``); ``global_batch`` and
-            ``rank_batch``, samples per optimizer step and per batch of all ranks; ``skipped``, the bad samples of this
-            epoch. Empty where nothing is trained.
+            ``rank_batch``, samples per optimizer step and per batch of all ranks; ``batches``, those of all epochs up
+            to there; ``skipped``, the bad samples of this epoch. Empty where nothing is trained.
         """
         trainer = self.trainer
         if trainer is None or "train" not in self._datasets or trainer.state.fn != "fit":
@@ -321,12 +322,15 @@ class DualPreferenceDataModule(LightningDataModule):
         if getattr(trainer, "overfit_batches", 0):
             return {}
         place = self._place(trainer)
+        current, total = _batch_counts(trainer)
+        again = 0 if place.epoch > self._epoch else current.processed - place.consumed // self._rank_batch(trainer)
         met = gather([list(skip) for skip in self._skips["train"].pass_skipped])
         return {
             **place._asdict(),
             **self._order_facts(),
             "rank_batch": self._rank_batch(trainer),
             "global_batch": self._rank_batch(trainer) * trainer.accumulate_grad_batches,
+            "batches": total.processed - again,
             "skipped": [skip for rank in met for skip in rank] if place.consumed else [],
         }
 
@@ -367,13 +371,17 @@ class DualPreferenceDataModule(LightningDataModule):
         An epoch that has ended is the beginning of the next. What was accumulated since the last optimizer step is in
         no checkpoint, so that these batches are read again.
         """
-        # The sampler's own count: the Trainer's is one ahead where it resumed at an epoch's end with a limit of steps.
-        epoch = self._start.epoch if self._sampler is None else max(self._sampler.epoch, self._start.epoch)
+        epoch = self._epoch
         batches: int = _batch_counts(trainer)[0].processed
         if batches >= trainer.num_training_batches:
             return Place(epoch + 1)
         whole = batches - batches % trainer.accumulate_grad_batches
         return Place(epoch, whole * self._rank_batch(trainer))
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch that is read."""
+        return self._start.epoch if self._sampler is None else max(self._sampler.epoch, self._start.epoch)
 
     def _rank_batch(self, trainer: Trainer) -> int:
         """Samples that all ranks read in one batch each."""
@@ -507,6 +515,8 @@ class DualPreferenceDataModule(LightningDataModule):
         # A loader that was made before may have begun to read elsewhere.
         trainer.fit_loop._combined_loader = None
         if not state["consumed"]:
+            if not _validation_is_open(trainer):
+                _begin_epoch(trainer, state["epoch"], state.get("batches"))
             return
         self._accumulated = _accumulated_batches(trainer, state["epoch"])
         self._check_resumed(trainer, state, self._accumulated)
@@ -534,8 +544,10 @@ class DualPreferenceDataModule(LightningDataModule):
             self._quarantine.add(split, batch.skipped)
         self._count_truncated(split, batch)
         self._batches[split] += 1
-        ends_pass = self._batches[split] == self._batches_per_pass(trainer, split)
-        if trainer.world_size == 1 or ends_pass or self._batches[split] % _CHECK_EVERY == 0:
+        number = self._batches[split]
+        is_early = number <= _CHECK_EVERY or self.max_bad_fraction == 0
+        ends_pass = number == self._batches_per_pass(trainer, split)
+        if trainer.world_size == 1 or is_early or ends_pass or number % _CHECK_EVERY == 0:
             self._check_skips(trainer, split)
 
     def _begin_pass_if_new(self, trainer: Trainer, split: str) -> None:
@@ -571,13 +583,48 @@ class DualPreferenceDataModule(LightningDataModule):
 
     def _batches_per_pass(self, trainer: Trainer, split: str) -> int:
         rows = self.batch_size if split == "train" else self.eval_batch_size
-        return -(-len(self._datasets[split]) // (rows * trainer.world_size))
+        whole = -(-len(self._datasets[split]) // (rows * trainer.world_size))
+        if split == "train":
+            return int(min(whole, trainer.num_training_batches))
+        limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        return int(min([whole, *limits]))
 
 
 def _batch_counts(trainer: Trainer) -> tuple[Any, Any]:
     """The Trainer's counts of training batches, in this epoch and in all."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current, progress.total
+
+
+def _validation_is_open(trainer: Trainer) -> bool:
+    """Whether a checkpoint was made in a validation, which the Trainer then does again before it goes on."""
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    return bool(progress.total.ready > progress.total.processed)
+
+
+def _begin_epoch(trainer: Trainer, epoch: int, batches: int | None) -> None:
+    """Let the Trainer begin an epoch as if the ones before had just been trained.
+
+    What it would make of a checkpoint of an epoch's end by itself depends on where in its hooks it was saved and on
+    whether there is a limit of steps (Lightning 2.6.6): a batch may be trained twice, or an epoch left out.
+
+    Args:
+        trainer: that has restored its counts.
+        epoch: the one to begin.
+        batches: of all epochs before; None where an older checkpoint does not tell.
+    """
+    loop: Any = trainer.fit_loop
+    epochs = loop.epoch_progress
+    current, total = _batch_counts(trainer)
+    done = total.processed if batches is None else batches
+    for counts, number in ((epochs.current, epoch), (epochs.total, epoch), (current, 0), (total, done)):
+        counts.ready = counts.started = counts.processed = counts.completed = number
+    # Saved right after a step, which is counted after that.
+    if loop.epoch_loop._batches_that_stepped == trainer.global_step - 1:
+        loop.epoch_loop._batches_that_stepped += 1
+    # The setter would insist on restarting where there is a limit of steps.
+    loop._restarting = False
+    loop.epoch_loop.restarting = False
 
 
 def _accumulated_batches(trainer: Trainer, epoch: int) -> int:

@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,14 @@ class ShardSet:
         """Whether any shard has to be fetched."""
         return any(shard.source is not None for shard in self.shards)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """What the set holds, in which order, wherever it lies: SHA-256 over the shards' identities."""
-        return hashlib.sha256(json.dumps([shard.identity for shard in self.shards]).encode()).hexdigest()
+        """What the set holds, in which order, wherever it lies: SHA-256 over the shards' identities and their samples.
+
+        Of a tar without an index these are the names, places and sizes of members, not their content.
+        """
+        facts = [(shard.identity, shard.table.digest) for shard in self.shards]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def stored(self, row: int) -> StoredSample:
         """Where a sample stands.

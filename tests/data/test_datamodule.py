@@ -238,7 +238,7 @@ class _TwoRanks:
 
     world_size, global_rank, training, root_device = 2, 0, True, torch.device("cpu")
     current_epoch, global_step, sanity_checking = 0, 0, False
-    accumulate_grad_batches, log_dir = 1, None
+    accumulate_grad_batches, log_dir, num_training_batches = 1, None, float("inf")
     fit_loop = SimpleNamespace(run=None)
 
     def __init__(self, folder: Path):
@@ -263,13 +263,31 @@ class TestSkipsOverRanks:
         first, *batches, last = data.train_dataloader()
         for batch in (first, *batches):
             data.on_before_batch_transfer(batch, 0)
-        assert data.trainer.sums == 0
+        assert data.trainer.sums == 3
         if stops:
             with pytest.raises(RuntimeError, match="4 of 8 samples are bad"):
                 data.on_before_batch_transfer(last, 0)
         else:
             data.on_before_batch_transfer(last, 0)
-            assert data.trainer.sums == 1
+            assert data.trainer.sums == 4
+
+    @pytest.mark.parametrize(
+        ("fraction", "limit", "expected"),
+        [(0.5, float("inf"), [1, 2, 3, 6, 8]), (0.5, 7, [1, 2, 3, 6, 7]), (0.0, 8, [1, 2, 3, 4, 5, 6, 7, 8])],
+    )
+    def test_when_ranks_are_added_up(self, tmp_path, monkeypatch, fraction, limit, expected):
+        """After the first three batches and each third, at the end of a pass that may be limited; always for none."""
+        monkeypatch.setattr("realign_lightning.data.datamodule._CHECK_EVERY", 3)
+        data = module(write_shards(tmp_path / "train", 16), batch_size=1, max_bad_fraction=fraction)
+        data.trainer = _TwoRanks(tmp_path)
+        data.trainer.num_training_batches = limit
+        data.setup("fit")
+        added = []
+        for number, batch in enumerate([*data.train_dataloader()][: int(min(limit, 8))], 1):
+            before = data.trainer.sums
+            data.on_before_batch_transfer(batch, 0)
+            added += [number] * (data.trainer.sums - before)
+        assert added == expected
 
     def test_a_pass_that_ends_early_is_checked_and_forgotten_when_the_next_begins(self, tmp_path):
         """Only half of each epoch is read: 1 bad sample of rank 0 and 1 of its peer, per epoch, never 4 together."""
@@ -282,7 +300,7 @@ class TestSkipsOverRanks:
             data.trainer.current_epoch = epoch
             for batch in (first, second):
                 data.on_before_batch_transfer(batch, 0)
-            assert data.trainer.sums == epoch
+            assert data.trainer.sums == 3 * epoch + 2
 
 
 class TestSkipLog:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,20 @@ class TestRefused:
         run(tmp_path, module(folder), Stop(tmp_path / "a.ckpt", 5, "on_train_epoch_end"))
         other = write_shards(tmp_path / "other", 10)
         assert len(run(tmp_path, module(other, batch_size=5, seed=2), resume=tmp_path / "a.ckpt")) == 20
+
+    def test_samples_in_another_order(self, tmp_path):
+        """The same shards, listed the other way round in an index that was edited by hand."""
+        self.stopped(tmp_path)
+        index = tmp_path / "train" / "index.json"
+        told = json.loads(index.read_text())
+        for shard in told["shards"]:
+            for column in ("keys", "offsets", "sizes", "formats"):
+                for rows in [shard["members"][column]] if column == "keys" else shard["members"].get(column, []):
+                    if isinstance(rows, list):
+                        rows.reverse()
+        index.write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=r"manifest was '\w+', is"):
+            run(tmp_path, module(tmp_path / "train"), resume=tmp_path / "a.ckpt")
 
     def test_tars_without_an_index_are_told_apart(self, tmp_path):
         shard = write_tar(tmp_path / "a.tar", [raw_members(number, {}) for number in range(9)])
