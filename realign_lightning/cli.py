@@ -47,6 +47,10 @@ COMMANDS = {
     "index": ("realign_lightning.data.indexing", "a manifest for shards that other programs wrote"),
     "inspect": ("realign_lightning.inspection", "one HTML page to look at the pairs of shards"),
     "score": ("realign_lightning.evaluation.score", "score answers that were made elsewhere"),
+    "sweep-strength": (
+        "realign_lightning.evaluation.strength.command",
+        "an adapter at several strengths: what is gained, what is lost elsewhere, which to take",
+    ),
     "teach-digits": ("realign_lightning.demos.teach", "teach the policy of the digit scenes from nothing"),
     "test": ("realign_lightning.evaluation.command", "ask a model the questions of a benchmark and score its answers"),
 }

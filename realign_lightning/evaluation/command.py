@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _parser()
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
-    backbone, trained = _model(parts.model.backbone, parts.adapter, parts.ckpt_path)
+    backbone, trained = model_of(parts.model.backbone, parts.adapter, parts.ckpt_path)
     if (parts.engine is None) == (backbone is None):
         raise ValueError(
             "Expected a model to ask: --model.backbone, --ckpt_path, or --engine, which has a model of its own and "
@@ -117,10 +117,20 @@ def _engine(parts: Any, policy: Policy | None) -> Engine:
     return engine
 
 
-def _model(
+def model_of(
     backbone: Backbone | None, adapter: str | None, checkpoint: str | None
 ) -> tuple[Backbone | None, TrainedWeights | None]:
-    """The backbone, and what was trained on top of it."""
+    """The backbone, and what was trained on top of it.
+
+    Args:
+        backbone: as given; None takes that of the checkpoint.
+        adapter: folder of a PEFT adapter.
+        checkpoint: of a training run.
+
+    Raises:
+        ValueError: for both, and for an adapter without backbone.
+        FileNotFoundError: if one of them is not there.
+    """
     if adapter and checkpoint:
         raise ValueError("Expected --adapter or --ckpt_path, got both: a checkpoint holds its adapter.")
     if checkpoint:

@@ -1,0 +1,144 @@
+"""Questions asked of a model at several strengths of its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from realign_lightning.backbones import AdapterStrength
+from realign_lightning.engines.local import LocalEngine
+from realign_lightning.engines.policy import Policy, TrainedWeights
+from realign_lightning.evaluation.answering import answer_questions
+from realign_lightning.evaluation.base import Benchmark, MarkedBenchmark
+from realign_lightning.evaluation.running import WORK, evaluate
+from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep, axis_of, read_skill, skill_of
+from realign_lightning.ranks import on_first_rank
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured at every strength.
+
+    Args:
+        benchmark: what the adapter was trained for.
+        score: key of its score; None takes the headline's first.
+        skills: what the training never touched; None where that is not asked here.
+        skill_score: name of a score of ``skills``, or ``TASK/METRIC`` in ``skill_files``.
+        skill_files: results of lmms-eval, see :func:`~realign_lightning.evaluation.strength.read_skill`.
+        skill_title: what to call the score of skills; None takes its name.
+        skill_higher_is_better: which way it is good.
+
+    Raises:
+        ValueError: for skills from both sources, and for files without the name of a score.
+    """
+
+    benchmark: MarkedBenchmark
+    score: str | None = None
+    skills: Benchmark | None = None
+    skill_score: str | None = None
+    skill_files: str | None = None
+    skill_title: str | None = None
+    skill_higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.skills is not None and self.skill_files is not None:
+            raise ValueError("Expected `skills` or `skill_files`, got both.")
+        if self.skill_files is not None and (self.skill_score is None or "{strength}" not in self.skill_files):
+            raise ValueError(
+                "Expected `skill_files` with {strength} in the path and `skill_score` as TASK/METRIC, got "
+                f"{self.skill_files!r} and {self.skill_score!r}."
+            )
+        axis_of(self.benchmark, self.score)
+
+
+def measure_strengths(
+    policy: Policy,
+    scales: Sequence[float],
+    measures: Measures,
+    output: str | Path,
+    tolerance: float = 0.5,
+    batch_size: int = 32,
+    write_adapters: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> Sweep:
+    """Measure a model at several strengths of its adapter.
+
+    The model is loaded once. Every strength has an evaluation of its own in ``strength_S`` of the output, which
+    ``realign-lightning compare`` reads.
+
+    Args:
+        policy: with a LoRA adapter, see :class:`~realign_lightning.backbones.AdapterStrength`.
+        scales: strengths; the first is 0.
+        measures: what to ask.
+        output: folder; answers in it are not asked for again.
+        tolerance: how much of the base's skill may be lost at the suggested strength, in the skill's unit.
+        batch_size: questions per call of the model's ``generate``.
+        write_adapters: whether the adapter of every strength is written to ``strength_S/adapter``.
+        overwrite: replace evaluations of another model.
+        show_progress: whether there are progress bars.
+
+    Returns:
+        All points; the adapter at the suggested strength is written to ``adapter`` in the output.
+
+    Raises:
+        TypeError: for a model without a LoRA adapter.
+        ValueError: for an adapter whose strength cannot be set, and for unknown scores.
+        FileNotFoundError: if a file of a benchmark, or of ``skill_files``, is missing.
+    """
+    output = Path(output)
+    if tolerance < 0:
+        raise ValueError(f"Expected `tolerance` to be at least 0, got {tolerance}.")
+    if measures.skill_files is not None:
+        for scale in scales:
+            read_skill(measures.skill_files, scale, measures.skill_score)
+    strength = AdapterStrength(policy.model)
+    points, title = [], measures.skill_title
+    for scale in tqdm(scales, desc="strength", unit="strength", disable=not show_progress):
+        strength.set(scale)
+        folder = output / f"strength_{scale:g}"
+        at_scale = _policy_at(policy, scale)
+        engine = LocalEngine(batch_size=batch_size, max_new_tokens=measures.benchmark.max_new_tokens)
+        engine.use(at_scale)
+        key, unit, _ = axis_of(measures.benchmark, measures.score)
+        found = evaluate(measures.benchmark, engine, folder, overwrite, show_progress)
+        name, skill = _skill(measures, at_scale, scale, output, batch_size, show_progress)
+        title = title or name
+        points.append(Point(scale, found.scores[key] * unit, skill))
+        if write_adapters:
+            on_first_rank(partial(strength.save, folder / "adapter"))
+    skill_axis = None if title is None else Axis(title, measures.skill_higher_is_better)
+    sweep = Sweep(axis_of(measures.benchmark, measures.score)[2], skill_axis, tuple(points), tolerance)
+    strength.set(sweep.suggested.strength)
+    on_first_rank(partial(strength.save, output / "adapter"))
+    return sweep
+
+
+def _policy_at(policy: Policy, scale: float) -> Policy:
+    """The same weights under another identity, so that no answer is taken for one of another strength."""
+    trained = policy.trained
+    identity = f"{'' if trained is None else trained.identity} at strength {scale:g}"
+    other = TrainedWeights(lambda: policy.model, identity)
+    return Policy(policy.backbone, policy.model, policy.device, policy.is_sharded, policy.precision, other)
+
+
+def _skill(
+    measures: Measures, policy: Policy, scale: float, output: Path, batch_size: int, show_progress: bool
+) -> tuple[str | None, float | None]:
+    if measures.skill_files is not None:
+        return measures.skill_score, read_skill(measures.skill_files, scale, measures.skill_score)
+    if measures.skills is None:
+        return None, None
+    engine = LocalEngine(batch_size=batch_size, max_new_tokens=measures.skills.max_new_tokens)
+    engine.use(policy)
+    asked = measures.skills.questions()
+    questions = [question._replace(key=question.key or str(number)) for number, question in enumerate(asked)]
+    replies = answer_questions(questions, engine, output / WORK, show_progress)
+    unanswered = [reply.error for reply in replies if reply.text is None]
+    if unanswered:
+        raise ValueError(f"{len(unanswered)} of {len(replies)} questions of `skills` have no answer: {unanswered[0]}")
+    return skill_of(measures.skills, [str(reply.text) for reply in replies], measures.skill_score)

@@ -1,0 +1,104 @@
+"""A sweep as a picture: what is gained over what is lost elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realign_lightning.evaluation.comparison.picture import check_matplotlib
+from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's, told apart by any colour vision; shapes say the same.
+_FRONT, _OTHER, _SUGGESTED = "#0072B2", "#9aa3ad", "#D55E00"
+_INK, _MUTED, _FAINT = "#1b1f24", "#57606a", "#d5dae0"
+
+
+def draw(sweep: Sweep, path: Path) -> None:
+    """Draw the score over the skill, one point per strength, with Pareto's front and the suggested point.
+
+    Without a skill the score is drawn over the strength. Better is up, and to the right.
+
+    Args:
+        sweep: what to draw.
+        path: the PNG file.
+
+    Raises:
+        ImportError: if matplotlib is not there.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.4), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    if sweep.skill_axis is None:
+        _draw_over_strength(axes, sweep)
+    else:
+        _draw_front(axes, sweep, sweep.skill_axis)
+    _frame(axes)
+    axes.set_title(_title(sweep), loc="left", size=11, weight="bold", color=_INK, parse_math=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _title(sweep: Sweep) -> str:
+    return f"Strength of the adapter: {sweep.suggested.strength:g} is suggested"
+
+
+def _draw_over_strength(axes: Axes, sweep: Sweep) -> None:
+    strengths, scores = zip(*((point.strength, point.score) for point in sweep.points), strict=True)
+    axes.plot(strengths, scores, "o-", color=_FRONT, ms=5)
+    _ring(axes, sweep.suggested.strength, sweep.suggested.score)
+    axes.set_xlabel("strength (0 is the base model, 1 as trained)")
+    _point_up(axes, sweep.score_axis)
+
+
+def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
+    shown = [point for point in sweep.points if point.skill is not None]
+    axes.plot([_skill(point) for point in shown], [point.score for point in shown], "-", color=_FAINT, lw=1.2, zorder=1)
+    front = sweep.front
+    for group, color, marker, label in (
+        ([point for point in shown if point not in front], _OTHER, "o", "beaten by another strength"),
+        ([point for point in shown if point in front], _FRONT, "D", "front: nothing gained without a loss"),
+    ):
+        if group:
+            places = [_skill(point) for point in group], [point.score for point in group]
+            axes.scatter(*places, color=color, marker=marker, s=34, zorder=3, label=label)
+    for point in shown:
+        place = (_skill(point), point.score)
+        axes.annotate(f"{point.strength:g}", place, (5, 5), textcoords="offset points", size=8.5, color=_INK)
+    _ring(axes, _skill(sweep.suggested), sweep.suggested.score)
+    lowest = _skill(sweep.points[0]) - sweep.tolerance * (1 if skill_axis.higher_is_better else -1)
+    label = f"the base's skill less {sweep.tolerance:g}"
+    axes.axvline(lowest, color=_MUTED, lw=1, ls=":", zorder=0, label=label)
+    axes.set_xlabel(skill_axis.title)
+    if not skill_axis.higher_is_better:
+        axes.invert_xaxis()
+        axes.set_xlabel(f"{skill_axis.title} (lower is better: to the right)")
+    _point_up(axes, sweep.score_axis)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best")
+
+
+def _skill(point: Point) -> float:
+    return float("nan") if point.skill is None else point.skill
+
+
+def _point_up(axes: Axes, axis: Axis) -> None:
+    """Let better be up."""
+    axes.set_ylabel(axis.title if axis.higher_is_better else f"{axis.title} (lower is better: up)")
+    if not axis.higher_is_better:
+        axes.invert_yaxis()
+
+
+def _ring(axes: Axes, x: float, y: float) -> None:
+    style: dict[str, Any] = {"facecolors": "none", "edgecolors": _SUGGESTED, "linewidths": 2.2}
+    axes.scatter([x], [y], s=190, zorder=4, label="suggested", **style)
+
+
+def _frame(axes: Axes) -> None:
+    axes.grid(color=_FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,188 @@
+"""Sweeps over the strength of an adapter: which point is suggested, and that every point is what it says."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from realign_lightning.backbones import LoRA
+from realign_lightning.cli import run
+from realign_lightning.demos import DigitBackbone, write_digit_benchmarks
+from realign_lightning.evaluation import PopeBenchmark
+from realign_lightning.evaluation.run_folder import read_run
+from realign_lightning.evaluation.strength import Axis, Measures, Point, Sweep, draw, read_scales, read_skill
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ["--config", str(ROOT / "recipes" / "eval" / "digits_pope.yaml")]
+CPU = ["--trainer.accelerator", "cpu"]
+CHAIR = Axis("CHAIRi", higher_is_better=False)
+SKILL = Axis("skills")
+POINTS = (
+    Point(0.0, 14.0, 93.0),
+    Point(0.5, 11.0, 92.8),
+    Point(1.0, 9.0, 92.4),
+    Point(1.1, 9.5, 92.1),
+    Point(1.5, 8.0, 88.0),
+)
+
+
+class TestScales:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("0:1.5:0.5", (0, 0.5, 1, 1.5)),
+            ("0:1:0.1", tuple(number / 10 for number in range(11))),
+            ("0:0.35:0.1", (0, 0.1, 0.2, 0.3)),
+            ("1", (0, 1)),
+            ("1,0.5,1", (0, 0.5, 1)),
+            ("0.5:0.5:1", (0, 0.5)),
+        ],
+    )
+    def test_what_they_stand_for(self, text, expected):
+        assert read_scales(text) == expected
+
+    @pytest.mark.parametrize(
+        "text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:-1", "-1,1", "0:1:0.001", "nan", "0:inf:1"]
+    )
+    def test_what_is_none(self, text):
+        with pytest.raises(ValueError, match="Expected `scales` like"):
+            read_scales(text)
+
+
+class TestSweep:
+    def test_the_front_holds_what_nothing_beats(self):
+        sweep = Sweep(CHAIR, SKILL, POINTS, 0.5)
+        assert [point.strength for point in sweep.front] == [0, 0.5, 1, 1.5], "1.1 loses both ways against 1"
+
+    @pytest.mark.parametrize(("tolerance", "expected"), [(0, 0), (0.2, 0.5), (0.5, 0.5), (0.6, 1), (10, 1.5)])
+    def test_the_best_that_keeps_the_skill_is_suggested(self, tolerance, expected):
+        assert Sweep(CHAIR, SKILL, POINTS, tolerance).suggested.strength == expected
+
+    def test_other_directions(self):
+        points = tuple(Point(one.strength, -one.score, -(one.skill or 0)) for one in POINTS)
+        sweep = Sweep(Axis("POPE"), Axis("errors", higher_is_better=False), points, 0.6)
+        assert sweep.suggested.strength == 1
+        assert [point.strength for point in sweep.front] == [0, 0.5, 1, 1.5]
+
+    def test_of_equal_scores_the_smallest_strength(self):
+        points = tuple(Point(strength, 5.0, 90.0) for strength in (0.0, 1.0, 2.0))
+        assert Sweep(CHAIR, SKILL, points, 0.0).suggested.strength == 0
+
+    def test_without_skills_the_best_score(self):
+        points = tuple(Point(one.strength, one.score) for one in POINTS)
+        sweep = Sweep(CHAIR, None, points, 0.5)
+        assert sweep.suggested.strength == 1.5
+        assert "was not measured" in sweep.as_table()
+
+    def test_the_table(self):
+        lines = Sweep(CHAIR, SKILL, POINTS, 0.6).as_table().splitlines()
+        assert lines[0] == "| strength | CHAIRi ↓ | skills ↑ |                  |"
+        assert lines[4] == "|        1 |     9.00 |    92.40 | front, suggested |"
+        assert lines[-1].startswith(
+            "Suggested: strength 1, the best CHAIRi of those that lose at most 0.6 of the base's"
+        )
+
+    @pytest.mark.parametrize("skill", [SKILL, Axis("errors", higher_is_better=False), None])
+    def test_the_picture(self, tmp_path, skill):
+        draw(Sweep(CHAIR, skill, POINTS, 0.5), tmp_path / "sweep.png")
+        assert Image.open(tmp_path / "sweep.png").size[0] > 800
+
+
+class TestSkillFiles:
+    def write(self, folder: Path, name: str, value: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {"results": {"mme": {"alias": "mme", "mme_score,none": value}}}
+        (folder / name).write_text(json.dumps(results))
+
+    def test_the_newest_of_a_strength_is_read(self, tmp_path):
+        for name, value in (("20260101_results.json", 1.0), ("20260102_results.json", 2.0)):
+            self.write(tmp_path / "0.7" / "model", name, value)
+        pattern = f"{tmp_path}/{{strength}}/*/*_results.json"
+        assert read_skill(pattern, 0.7, "mme/mme_score,none") == 2
+        with pytest.raises(FileNotFoundError, match=r"no file .*/0\.8/"):
+            read_skill(pattern, 0.8, "mme/mme_score,none")
+        for name in ("mme/accuracy", "mme/alias", "other/x", None):
+            with pytest.raises(ValueError, match=r"one of \[.*mme/mme_score,none"):
+                read_skill(pattern, 0.7, name)
+
+    def test_settings_that_do_not_go_together(self):
+        benchmark = PopeBenchmark()
+        for settings in ({"skill_files": "a.json", "skill_score": "a/b"}, {"skill_files": "{strength}.json"}):
+            with pytest.raises(ValueError, match=r"`skill_files` with \{strength\} in the path"):
+                Measures(benchmark, **settings)
+        with pytest.raises(ValueError, match="Expected `score` to be one of accuracy, f1"):
+            Measures(benchmark, score="yes_ratio")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter that changes answers."""
+    backbone = DigitBackbone()
+    model = LoRA(4, 8, 0.0).apply(backbone, backbone.load_model())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_digit_benchmarks("data/digit_benchmarks", 8)
+    return tmp_path
+
+
+SKILLS = ["--skills", "realign_lightning.demos.DigitCHAIR", "--skills.scenes", "6", "--skill_score", "exact captions"]
+
+
+def answers(folder: str) -> list[str | None]:
+    return [row.answer for row in read_run(Path(folder)).answers]
+
+
+def test_every_point_is_the_model_at_that_strength(inside, adapter, capsys):
+    arguments = [*RECIPE, *CPU, "--adapter", str(adapter), "--output", "sweep"]
+    run(["sweep-strength", *arguments, *SKILLS, "--scales", "0.5,1", "--write_adapters", "true"])
+    printed = capsys.readouterr().out
+    run(["test", *RECIPE, *CPU, "--output", "base"])
+    run(["test", *RECIPE, *CPU, "--adapter", str(adapter), "--output", "whole"])
+    run(["test", *RECIPE, *CPU, "--adapter", "sweep/strength_0.5/adapter", "--output", "half"])
+    for folder, strength in (("base", "0"), ("half", "0.5"), ("whole", "1")):
+        assert answers(folder) == answers(f"sweep/strength_{strength}"), folder
+    assert len({tuple(answers(folder)) for folder in ("base", "half", "whole")}) == 3, "the adapter matters"
+    told = json.loads(Path("sweep/sweep.json").read_text())
+    with Path("sweep/sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for point, row, folder in zip(told["points"], rows, ("base", "half", "whole"), strict=True):
+        assert point["score"] == pytest.approx(100 * read_run(Path(folder)).scores["accuracy"])
+        assert float(row["score"]) == point["score"]
+        assert float(row["skill"]) == point["skill"]
+    assert f"Suggested: strength {told['suggested']:g}" in printed
+    assert Path("sweep/sweep.png").is_file()
+    PeftModel.from_pretrained(DigitBackbone().load_model(), "sweep/adapter")
+
+
+def test_a_second_run_asks_nothing_again_and_takes_scores_of_others(inside, adapter, capsys, monkeypatch):
+    arguments = ["sweep-strength", *RECIPE, *CPU, "--adapter", str(adapter), "--output", "sweep", "--scales", "1"]
+    run([*arguments, "--picture", "false"])
+    assert "was not measured" in capsys.readouterr().out
+    assert not Path("sweep/sweep.png").exists()
+    for strength, value in (("0", 0.9), ("1", 0.7)):
+        TestSkillFiles().write(Path("lmms") / strength, "1_results.json", value)
+    monkeypatch.setattr(DigitBackbone, "generate_tokens", lambda *args, **kwargs: pytest.fail("asked again"))
+    run([*arguments, "--skill_files", "lmms/{strength}/*_results.json", "--skill_score", "mme/mme_score,none"])
+    assert [point["skill"] for point in json.loads(Path("sweep/sweep.json").read_text())["points"]] == [0.9, 0.7]
+
+
+def test_what_has_no_strength_is_refused(inside, adapter):
+    with pytest.raises(ValueError, match="Expected an adapter: --adapter"):
+        run(["sweep-strength", *RECIPE, *CPU])
+    with pytest.raises(ValueError, match=r"Expected `skill_score` to be one of CHAIRs, .* got 'x'"):
+        run(["sweep-strength", *RECIPE, *CPU, "--adapter", str(adapter), *SKILLS[:4], "--skill_score", "x"])
