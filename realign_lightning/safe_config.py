@@ -51,7 +51,6 @@ REFUSED = (
 """What recipes may not name in safe mode, although it is part of what they may."""
 
 _CONFIG = "config"
-_LONGEST_PATH = 4096
 _LARGEST_RECIPE = 1 << 22
 _COMMAND_LINE = "the command line"
 _READ_FROM = ("train", "val", "base_url")
@@ -217,14 +216,14 @@ def _follow(place: Place, folder: Path, seen: set[Path]) -> Iterator[Place]:
         return
     if place.value.lstrip()[:1] in ("{", "["):
         yield from _walk(_parsed(place.value), place.file, place.key, folder, seen)
-    elif "\n" not in place.value and len(place.value) < _LONGEST_PATH and "\0" not in place.value:
+    elif "\n" not in place.value:
         # A path counts from the file that holds it; jsonargparse also looks in the current folder.
         for file in {folder / place.value, Path(place.value)}:
             yield from _in_file(file, seen)
 
 
 def _in_file(file: Path, seen: set[Path]) -> Iterator[Place]:
-    if not file.is_file() or file.resolve() in seen:
+    if not _is_file(file) or file.resolve() in seen:
         return
     seen.add(file.resolve())
     if file.stat().st_size > _LARGEST_RECIPE:
@@ -236,12 +235,20 @@ def _in_file(file: Path, seen: set[Path]) -> Iterator[Place]:
         yield from _walk(_parsed(content.decode("utf-8", errors="replace")), str(file), "", file.parent, seen)
 
 
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a text that the system takes for no path, such as a long one, names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _in_large_file(file: Path) -> Iterator[Place]:
     """What is told without parsing, which would take minutes: data are large, recipes are not."""
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if b"\0" in content[:4096]:
             return
-        if re.search(REMOTE_CODE.encode(), content):
+        if content.find(REMOTE_CODE.encode()) >= 0:
             yield Place(str(file), REMOTE_CODE, True)
         if _TELLING.search(content):
             yield Place(str(file), _TOO_LARGE, None)

@@ -451,6 +451,18 @@ def test_recipes_too_large_to_be_looked_through_are_not_read(safe_mode, tmp_path
         run(["fit", "--config", DIGITS, "--config", str(recipe), "--print_config"])
 
 
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_long_texts_are_no_paths(tmp_path, monkeypatch, capsys, mode):
+    monkeypatch.setenv("REALIGN_SAFE_CONFIG", mode)
+    text = "What is wrong with this answer? " * 200
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": {"train": text}}, width=10**6))
+    for arguments in (["--config", str(recipe)], ["--data.train", text]):
+        with pytest.raises(SystemExit):
+            run(["fit", "--config", DIGITS, *arguments, "--print_config"])
+        assert "What is wrong with" in capsys.readouterr().out
+
+
 def test_large_data_are_no_recipes(tmp_path, safe_mode):
     (tmp_path / "data.json").write_text(json.dumps([{"image": f"http://{number}.jpg"} for number in range(200_000)]))
     (tmp_path / "shard.tar").write_bytes(b"class_path" + bytes(5 << 20))
