@@ -83,6 +83,17 @@ def large_scene(world: DigitWorld, index: int) -> Scene:
     return Scene(to_image(light, world.noise, generator), (PlacedDigit("", digit, colour),))
 
 
+def skill_scene(skill: Skill, world: DigitWorld, index: int) -> Scene:
+    """What a skill is asked about: a :func:`large_scene` to read, an ordinary one for the others.
+
+    Args:
+        skill: that is asked for.
+        world: where scenes come from.
+        index: number of the scene.
+    """
+    return large_scene(world, index) if skill == "read" else world.scene(index)
+
+
 class DigitSkills(Benchmark):
     """Accuracy at the four skills on scenes of unseen handwriting, for policies that were taught them.
 
@@ -105,7 +116,7 @@ class DigitSkills(Benchmark):
         self.asked: list[tuple[Skill, Scene, str, str]] = []
         for part, skill in enumerate(get_args(Skill)):
             for index in range(part * scenes, (part + 1) * scenes):
-                scene = large_scene(world, index) if skill == "read" else world.scene(index)
+                scene = skill_scene(skill, world, index)
                 self.asked.append((skill, scene, *ask(skill, scene, generator)))
 
     def questions(self) -> list[Question]:

@@ -39,7 +39,7 @@ from realign_lightning.demos.scenes import (
     objects,
     question,
 )
-from realign_lightning.demos.skills import SKILL_VOCABULARY, DigitSkills, Skill, ask, large_scene
+from realign_lightning.demos.skills import SKILL_VOCABULARY, DigitSkills, Skill, ask, large_scene, skill_scene
 
 _log = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def lesson(scene: Scene, generator: np.random.Generator) -> list[Turn]:
 
 def _skill_lesson(world: DigitWorld, number: int, generator: np.random.Generator) -> tuple[Scene, list[Turn]]:
     skill: Skill = get_args(Skill)[generator.integers(len(get_args(Skill)))]
-    scene = large_scene(world, number) if skill == "read" else world.scene(number)
+    scene = skill_scene(skill, world, number)
     return scene, [ask(skill, scene, generator)]
 
 

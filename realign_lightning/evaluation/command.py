@@ -16,14 +16,13 @@ from torch import nn
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.backbones.files import file_sha256, hash_texts
 from realign_lightning.engines.base import Engine
-from realign_lightning.engines.local import LocalEngine
 from realign_lightning.engines.policy import Policy, TrainedWeights
 from realign_lightning.engines.worker import run_on_ranks, saying_what_is_kept
 from realign_lightning.evaluation.base import MarkedBenchmark
 from realign_lightning.evaluation.benchmarks import BENCHMARKS
 from realign_lightning.evaluation.report import as_table
 from realign_lightning.evaluation.run_folder import Evaluated
-from realign_lightning.evaluation.running import WORK, evaluate
+from realign_lightning.evaluation.running import WORK, evaluate, local_engine
 from realign_lightning.export import checkpoint_backbone, load_policy
 from realign_lightning.trust import check_weights
 
@@ -111,10 +110,8 @@ def _engine(parts: Any, policy: Policy | None) -> Engine:
         if hasattr(given, "max_new_tokens"):
             given.max_new_tokens = parts.benchmark.max_new_tokens
         return given
-    engine = LocalEngine(batch_size=parts.batch_size, max_new_tokens=parts.benchmark.max_new_tokens)
-    if policy is not None:
-        engine.use(policy)
-    return engine
+    assert policy is not None  # noqa: S101 - without an engine there is a backbone
+    return local_engine(policy, parts.benchmark, parts.batch_size)
 
 
 def model_of(

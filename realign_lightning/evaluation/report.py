@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from realign_lightning.evaluation.base import Score
 from realign_lightning.evaluation.benchmarks import BENCHMARKS
 from realign_lightning.evaluation.run_folder import Evaluated
@@ -19,6 +21,22 @@ def as_table(found: Evaluated) -> str:
     lines = [f"| {found.benchmark.ljust(width)} |    score |", f"|-{'-' * width}-|---------:|"]
     lines += [f"| {title.ljust(width)} | {value} |" for title, value in rows]
     return "\n".join([*lines, "", *_remarks(found)])
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: str) -> str:
+    """A Markdown table whose columns are as wide as their widest cell.
+
+    Args:
+        head: of the columns.
+        rows: cells, which hold no bars.
+        aligned: ``l`` or ``r`` for every column.
+    """
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(head))]
+    ruler = ["-" * (width - 1) + (":" if side == "r" else "-") for width, side in zip(widths, aligned, strict=True)]
+    pads = [str.rjust if side == "r" else str.ljust for side in aligned]
+    padded = [[pad(*cell) for pad, cell in zip(pads, zip(line, widths, strict=True), strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], ruler, *padded[1:]])
 
 
 def _plain(found: Evaluated) -> tuple[Score, ...]:

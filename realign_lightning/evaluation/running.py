@@ -10,8 +10,10 @@ from typing import Any
 
 from realign_lightning.engines.base import Engine
 from realign_lightning.engines.chat_parts import text_of
+from realign_lightning.engines.local import LocalEngine
+from realign_lightning.engines.policy import Policy
 from realign_lightning.evaluation.answering import Reply, answer_questions
-from realign_lightning.evaluation.base import Answered, Mark, MarkedBenchmark, Question
+from realign_lightning.evaluation.base import Answered, Benchmark, Mark, MarkedBenchmark, Question
 from realign_lightning.evaluation.judge import Judge
 from realign_lightning.evaluation.run_folder import Evaluated, check_run, write_run
 from realign_lightning.ranks import on_first_rank
@@ -63,6 +65,19 @@ def evaluate(
     replies = answer_questions(questions, engine, folder / WORK, show_progress)
     settings = {"max_new_tokens": longest, "instruction": getattr(benchmark, "instruction", "")}
     return on_first_rank(lambda: score_replies(benchmark, questions, replies, folder, model, settings))
+
+
+def local_engine(policy: Policy, benchmark: Benchmark, batch_size: int) -> LocalEngine:
+    """What lets a model on this machine answer a benchmark.
+
+    Args:
+        policy: the model.
+        benchmark: says how long answers may be.
+        batch_size: questions per call of the model's ``generate``.
+    """
+    engine = LocalEngine(batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
+    engine.use(policy)
+    return engine
 
 
 def score_replies(

@@ -241,10 +241,9 @@ class TestRefused:
         index = tmp_path / "train" / "index.json"
         told = json.loads(index.read_text())
         for shard in told["shards"]:
-            for column in ("keys", "offsets", "sizes", "formats"):
-                for rows in [shard["members"][column]] if column == "keys" else shard["members"].get(column, []):
-                    if isinstance(rows, list):
-                        rows.reverse()
+            members = shard["members"]
+            for column in (members["keys"], *members["offsets"], *members["sizes"]):
+                column.reverse()
         index.write_text(json.dumps(told))
         with pytest.raises(ValueError, match=r"manifest was '\w+', is"):
             run(tmp_path, module(tmp_path / "train"), resume=tmp_path / "a.ckpt")

@@ -10,8 +10,9 @@ from pathlib import Path
 from realign_lightning.backbones.files import write_json
 from realign_lightning.evaluation.comparison.flips_page import write_flips
 from realign_lightning.evaluation.comparison.pairing import Comparison, Resampling, compare_runs
-from realign_lightning.evaluation.comparison.picture import check_matplotlib, draw
+from realign_lightning.evaluation.comparison.picture import draw
 from realign_lightning.evaluation.comparison.report import as_json, markdown
+from realign_lightning.evaluation.looks import check_matplotlib
 
 _JSON = "comparison.json"
 _PICTURE = "comparison.png"
@@ -68,7 +69,7 @@ def write_comparison(
     folder = Path(folder)
     _refuse_foreign(folder)
     if picture:
-        check_matplotlib()
+        check_matplotlib("comparison", "--no-picture")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _JSON, as_json(comparison))
     (folder / "comparison.md").write_text(markdown(comparison, flips), encoding="utf-8")
@@ -90,7 +91,7 @@ def _check(options: argparse.Namespace, output: Path) -> None:
         raise FileNotFoundError(f"--images {options.images} is no folder.")
     _refuse_foreign(output)
     if options.picture:
-        check_matplotlib()
+        check_matplotlib("comparison", "--no-picture")
 
 
 def _refuse_foreign(folder: Path) -> None:

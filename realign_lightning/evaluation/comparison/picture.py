@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realign_lightning.evaluation.comparison.pairing import Comparison, Delta
 from realign_lightning.evaluation.comparison.report import shown
+from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILION, check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's blue and vermilion, which readers with any colour vision can tell apart; shapes say the same.
+# Shapes say the same as colours.
 _LOOKS = {
-    "better": ("#0072B2", "^", "better"),
-    "worse": ("#D55E00", "v", "worse"),
+    "better": (BLUE, "^", "better"),
+    "worse": (VERMILION, "v", "worse"),
     "unclear": ("#6b7280", "o", "unclear: the interval holds 0"),
     "differs": ("#000000", "D", "differs; neither direction is better"),
 }
-_INK = "#1b1f24"
-_MUTED = "#57606a"
-_FAINT = "#d5dae0"
 _ROW = 0.3
 """Inches."""
 
@@ -43,20 +41,6 @@ class _Panel(NamedTuple):
         return len(self.deltas) + len({name for name, _ in self.deltas})
 
 
-def check_matplotlib() -> None:
-    """Refuse before anything is computed.
-
-    Raises:
-        ImportError: saying what to do, if matplotlib is not there.
-    """
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "The picture of a comparison needs matplotlib: pip install matplotlib; or add --no-picture."
-        ) from error
-
-
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw every difference with its interval, by benchmark; better and worse differ in colour and in shape.
 
@@ -69,7 +53,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not there.
     """
-    check_matplotlib()
+    check_matplotlib("comparison", "--no-picture")
     from matplotlib.figure import Figure
 
     panels = _panels(comparison)
@@ -91,13 +75,13 @@ def _title(figure: Any, comparison: Comparison, height: float) -> None:
 
     first, second = (_short(name) for name in comparison.names)
     style = {"parse_math": False, "ha": "left", "va": "top"}
-    figure.text(0.02, 1 - 0.12 / height, f"{second} minus {first}", size=13, weight="bold", color=_INK, **style)
+    figure.text(0.02, 1 - 0.12 / height, f"{second} minus {first}", size=13, weight="bold", color=INK, **style)
     how = comparison.resampling
     said = (
         f"difference with {100 * how.confidence:g} % interval, paired bootstrap of {how.resamples:,} resamples; "
         "\u2191 higher is better, \u2193 lower is better"
     )
-    figure.text(0.02, 1 - 0.38 / height, said, size=9, color=_MUTED, **style)
+    figure.text(0.02, 1 - 0.38 / height, said, size=9, color=MUTED, **style)
     used = {delta.reading for one in comparison.benchmarks for delta in one.deltas}
     marks = [
         Line2D([], [], color=color, marker=marker, lw=1.8, ms=7, label=label)
@@ -105,7 +89,7 @@ def _title(figure: Any, comparison: Comparison, height: float) -> None:
         if reading in used
     ]
     place = {"loc": "upper left", "bbox_to_anchor": (0.012, 1 - 0.55 / height), "borderaxespad": 0.0}
-    figure.legend(handles=marks, ncols=len(marks), frameon=False, fontsize=9, labelcolor=_INK, **place)
+    figure.legend(handles=marks, ncols=len(marks), frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def _panels(comparison: Comparison) -> list[_Panel]:
@@ -122,7 +106,7 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
         for _, delta in rows:
             _draw_row(axes, next(places), delta)
     axes.set_ylim(panel.rows - 0.5, -0.5)
-    axes.axvline(0, color=_INK, lw=1, zorder=1)
+    axes.axvline(0, color=INK, lw=1, zorder=1)
     _frame(axes, panel)
 
 
@@ -132,13 +116,13 @@ def _frame(axes: Axes, panel: _Panel) -> None:
     margin = 0.08 * (high - low) or 1.0
     axes.set_xlim(low - margin, high + margin)
     axes.set_yticks([])
-    axes.grid(axis="x", color=_FAINT, lw=0.7)
+    axes.grid(axis="x", color=FAINT, lw=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(axis="x", length=0, labelsize=8.5, labelcolor=_MUTED)
+    axes.tick_params(axis="x", length=0, labelsize=8.5, labelcolor=MUTED)
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
     unit = "percentage points" if panel.scale == 100 else "in the score's own unit"
-    axes.set_xlabel(unit, size=8.5, color=_MUTED, labelpad=2)
+    axes.set_xlabel(unit, size=8.5, color=MUTED, labelpad=2)
 
 
 def _ends(delta: Delta) -> Sequence[float]:
@@ -156,7 +140,7 @@ def _draw_row(axes: Axes, place: int, delta: Delta) -> None:
     low, high = (shown(end, scale, signed=True) for end in delta.interval[:2])
     said = f"{shown(delta.value, scale, signed=True)}  [{low}, {high}]"
     across: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
-    axes.text(1.03, place, said, size=9.5, color=_INK, **across)
+    axes.text(1.03, place, said, size=9.5, color=INK, **across)
 
 
 def _title_of(delta: Delta) -> str:
@@ -166,7 +150,7 @@ def _title_of(delta: Delta) -> str:
 
 def _label(axes: Axes, place: int, text: str, bold: bool = False) -> None:
     across: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "parse_math": False}
-    axes.text(-0.64 if bold else -0.61, place, text, size=10, weight="bold" if bold else "normal", color=_INK, **across)
+    axes.text(-0.64 if bold else -0.61, place, text, size=10, weight="bold" if bold else "normal", color=INK, **across)
 
 
 def _short(text: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from realign_lightning.evaluation.base import Answered
 from realign_lightning.evaluation.comparison.pairing import BenchmarkComparison, Comparison, Delta, Flip
+from realign_lightning.evaluation.report import markdown_table
 
 _LONGEST = 160
 """Characters of a text in a table."""
@@ -87,7 +88,7 @@ def _score_table(comparison: Comparison) -> str:
     percent = f"{100 * comparison.resampling.confidence:g} % interval"
     head = ("benchmark", "score", "questions", first, second, "difference", percent, f"{second} is")
     rows = [(_cell(one.name), *_score_cells(one, delta)) for one in comparison.benchmarks for delta in one.deltas]
-    return _table(head, rows, "llrrrrrl") if rows else "No score can be compared."
+    return markdown_table(head, rows, "llrrrrrl") if rows else "No score can be compared."
 
 
 def _score_cells(one: BenchmarkComparison, delta: Delta) -> tuple[str, ...]:
@@ -110,7 +111,7 @@ def _mcnemar_table(comparison: Comparison) -> str:
     tests = [(one.name, one.mcnemar) for one in comparison.benchmarks if one.mcnemar]
     head = ("benchmark", "both right", f"only {first}", f"only {second}", "neither", "p", "method")
     rows = [(_cell(name), *map("{:,}".format, test[:4]), _p_value(test.p_value), test.method) for name, test in tests]
-    return f"McNemar's test of right and wrong answers:\n\n{_table(head, rows, 'lrrrrrl')}" if rows else ""
+    return f"McNemar's test of right and wrong answers:\n\n{markdown_table(head, rows, 'lrrrrrl')}" if rows else ""
 
 
 def _p_value(value: float) -> str:
@@ -189,15 +190,6 @@ def _cell(text: str, longest: int = _LONGEST) -> str:
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     cut = plain if len(plain) <= longest else f"{plain[: longest - 3]}..."
     return _MARKDOWN.sub(r"\\\1", cut)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: str) -> str:
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(head))]
-    ruler = ["-" * (width - 1) + (":" if side == "r" else "-") for width, side in zip(widths, aligned, strict=True)]
-    pads = [str.rjust if side == "r" else str.ljust for side in aligned]
-    padded = [[pad(*cell) for pad, cell in zip(pads, zip(line, widths, strict=True), strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], ruler, *padded[1:]])
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from realign_lightning.engines.policy import Policy
 from realign_lightning.engines.worker import run_on_ranks, saying_what_is_kept
 from realign_lightning.evaluation.base import Benchmark
 from realign_lightning.evaluation.command import add_benchmark, add_model, model_of, name_benchmark
+from realign_lightning.evaluation.looks import check_matplotlib
 from realign_lightning.evaluation.running import WORK
 from realign_lightning.evaluation.strength.measuring import Measures, measure_strengths
 from realign_lightning.evaluation.strength.picture import draw
@@ -32,6 +33,8 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _parser()
     parts = parser.instantiate(parser.parse_args(name_benchmark(args)))
+    if parts.picture:
+        check_matplotlib("sweep", "--picture false")
     if parts.engine is not None:
         raise ValueError("Expected no `engine`: the strength of an adapter is set in a model on this machine.")
     backbone, trained = model_of(parts.model.backbone, parts.adapter, parts.ckpt_path)

@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from realign_lightning.backbones import AdapterStrength
-from realign_lightning.engines.local import LocalEngine
+from realign_lightning.engines.base import Engine
 from realign_lightning.engines.policy import Policy, TrainedWeights
 from realign_lightning.evaluation.answering import answer_questions
 from realign_lightning.evaluation.base import Benchmark, MarkedBenchmark
-from realign_lightning.evaluation.running import WORK, evaluate
+from realign_lightning.evaluation.running import WORK, evaluate, local_engine
 from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep, axis_of, read_skill, skill_of
 from realign_lightning.ranks import on_first_rank
 
@@ -93,26 +93,27 @@ def measure_strengths(
     output = Path(output)
     if tolerance < 0:
         raise ValueError(f"Expected `tolerance` to be at least 0, got {tolerance}.")
-    if measures.skill_files is not None:
-        for scale in scales:
-            read_skill(measures.skill_files, scale, measures.skill_score)
+    key, unit, axis = axis_of(measures.benchmark, measures.score)
+    # Before anything is asked.
+    told = {} if measures.skill_files is None else _told_skills(measures.skill_files, scales, measures.skill_score)
+    title = measures.skill_score if told else None
     strength = AdapterStrength(policy.model)
-    points, title = [], measures.skill_title
+    points = []
     for scale in tqdm(scales, desc="strength", unit="strength", disable=not show_progress):
         strength.set(scale)
         folder = output / f"strength_{scale:g}"
         at_scale = _policy_at(policy, scale)
-        engine = LocalEngine(batch_size=batch_size, max_new_tokens=measures.benchmark.max_new_tokens)
-        engine.use(at_scale)
-        key, unit, _ = axis_of(measures.benchmark, measures.score)
+        engine = local_engine(at_scale, measures.benchmark, batch_size)
         found = evaluate(measures.benchmark, engine, folder, overwrite, show_progress)
-        name, skill = _skill(measures, at_scale, scale, output, batch_size, show_progress)
-        title = title or name
+        skill = told.get(scale)
+        if measures.skills is not None:
+            engine = local_engine(at_scale, measures.skills, batch_size)
+            title, skill = _ask_skills(measures.skills, measures.skill_score, engine, output / WORK, show_progress)
         points.append(Point(scale, found.scores[key] * unit, skill))
         if write_adapters:
             on_first_rank(partial(strength.save, folder / "adapter"))
-    skill_axis = None if title is None else Axis(title, measures.skill_higher_is_better)
-    sweep = Sweep(axis_of(measures.benchmark, measures.score)[2], skill_axis, tuple(points), tolerance)
+    skill_axis = None if title is None else Axis(measures.skill_title or title, measures.skill_higher_is_better)
+    sweep = Sweep(axis, skill_axis, tuple(points), tolerance)
     strength.set(sweep.suggested.strength)
     on_first_rank(partial(strength.save, output / "adapter"))
     return sweep
@@ -126,19 +127,17 @@ def _policy_at(policy: Policy, scale: float) -> Policy:
     return Policy(policy.backbone, policy.model, policy.device, policy.is_sharded, policy.precision, other)
 
 
-def _skill(
-    measures: Measures, policy: Policy, scale: float, output: Path, batch_size: int, show_progress: bool
-) -> tuple[str | None, float | None]:
-    if measures.skill_files is not None:
-        return measures.skill_score, read_skill(measures.skill_files, scale, measures.skill_score)
-    if measures.skills is None:
-        return None, None
-    engine = LocalEngine(batch_size=batch_size, max_new_tokens=measures.skills.max_new_tokens)
-    engine.use(policy)
-    asked = measures.skills.questions()
+def _told_skills(files: str, scales: Sequence[float], name: str | None) -> dict[float, float]:
+    return {scale: read_skill(files, scale, name) for scale in scales}
+
+
+def _ask_skills(
+    skills: Benchmark, name: str | None, engine: Engine, folder: Path, show_progress: bool
+) -> tuple[str, float]:
+    asked = skills.questions()
     questions = [question._replace(key=question.key or str(number)) for number, question in enumerate(asked)]
-    replies = answer_questions(questions, engine, output / WORK, show_progress)
+    replies = answer_questions(questions, engine, folder, show_progress)
     unanswered = [reply.error for reply in replies if reply.text is None]
     if unanswered:
         raise ValueError(f"{len(unanswered)} of {len(replies)} questions of `skills` have no answer: {unanswered[0]}")
-    return skill_of(measures.skills, [str(reply.text) for reply in replies], measures.skill_score)
+    return skill_of(skills, [str(reply.text) for reply in replies], name)

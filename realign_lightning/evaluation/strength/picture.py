@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realign_lightning.evaluation.comparison.picture import check_matplotlib
+from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILION, check_matplotlib
 from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's, told apart by any colour vision; shapes say the same.
-_FRONT, _OTHER, _SUGGESTED = "#0072B2", "#9aa3ad", "#D55E00"
-_INK, _MUTED, _FAINT = "#1b1f24", "#57606a", "#d5dae0"
+# Shapes say the same as colours.
+_FRONT, _OTHER, _SUGGESTED = BLUE, "#9aa3ad", VERMILION
 
 
 def draw(sweep: Sweep, path: Path) -> None:
@@ -28,7 +27,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not there.
     """
-    check_matplotlib()
+    check_matplotlib("sweep", "--picture false")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 5.4), facecolor="white", layout="constrained")
@@ -38,7 +37,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     else:
         _draw_front(axes, sweep, sweep.skill_axis)
     _frame(axes)
-    axes.set_title(_title(sweep), loc="left", size=11, weight="bold", color=_INK, parse_math=False)
+    axes.set_title(_title(sweep), loc="left", size=11, weight="bold", color=INK, parse_math=False)
     figure.savefig(path, dpi=150, format="png")
 
 
@@ -56,7 +55,7 @@ def _draw_over_strength(axes: Axes, sweep: Sweep) -> None:
 
 def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
     shown = [point for point in sweep.points if point.skill is not None]
-    axes.plot([_skill(point) for point in shown], [point.score for point in shown], "-", color=_FAINT, lw=1.2, zorder=1)
+    axes.plot([_skill(point) for point in shown], [point.score for point in shown], "-", color=FAINT, lw=1.2, zorder=1)
     front = sweep.front
     for group, color, marker, label in (
         ([point for point in shown if point not in front], _OTHER, "o", "beaten by another strength"),
@@ -67,17 +66,16 @@ def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
             axes.scatter(*places, color=color, marker=marker, s=34, zorder=3, label=label)
     for point in shown:
         place = (_skill(point), point.score)
-        axes.annotate(f"{point.strength:g}", place, (5, 5), textcoords="offset points", size=8.5, color=_INK)
+        axes.annotate(f"{point.strength:g}", place, (5, 5), textcoords="offset points", size=8.5, color=INK)
     _ring(axes, _skill(sweep.suggested), sweep.suggested.score)
-    lowest = _skill(sweep.points[0]) - sweep.tolerance * (1 if skill_axis.higher_is_better else -1)
+    lowest = _skill(sweep.points[0]) - skill_axis.worth(sweep.tolerance)
     label = f"the base's skill less {sweep.tolerance:g}"
-    axes.axvline(lowest, color=_MUTED, lw=1, ls=":", zorder=0, label=label)
-    axes.set_xlabel(skill_axis.title)
+    axes.axvline(lowest, color=MUTED, lw=1, ls=":", zorder=0, label=label)
+    axes.set_xlabel(skill_axis.title if skill_axis.higher_is_better else f"{skill_axis.title} (lower is better: right)")
     if not skill_axis.higher_is_better:
         axes.invert_xaxis()
-        axes.set_xlabel(f"{skill_axis.title} (lower is better: to the right)")
     _point_up(axes, sweep.score_axis)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best")
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="best")
 
 
 def _skill(point: Point) -> float:
@@ -97,8 +95,8 @@ def _ring(axes: Axes, x: float, y: float) -> None:
 
 
 def _frame(axes: Axes) -> None:
-    axes.grid(color=_FAINT, lw=0.6)
+    axes.grid(color=FAINT, lw=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
+    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign_lightning.evaluation.base import Benchmark, MarkedBenchmark
+from realign_lightning.evaluation.report import markdown_table
 from realign_lightning.evaluation.run_folder import parse_object
 
 MOST_SCALES = 200
@@ -26,6 +27,10 @@ class Axis(NamedTuple):
 
     title: str
     higher_is_better: bool = True
+
+    def worth(self, value: float) -> float:
+        """A value such that more is better."""
+        return value if self.higher_is_better else -value
 
 
 class Point(NamedTuple):
@@ -70,23 +75,21 @@ class Sweep:
         Of equal scores the smallest strength: it changes least.
         """
         allowed = [point for point in self.points if self._keeps_skill(point)]
-        return max(allowed, key=lambda point: (self._gain(point), -point.strength))
+        return max(allowed, key=lambda point: (self.score_axis.worth(point.score), -point.strength))
 
     def _keeps_skill(self, point: Point) -> bool:
         first = self.points[0].skill
         if self.skill_axis is None or point.skill is None or first is None:
             return True
-        loss = first - point.skill if self.skill_axis.higher_is_better else point.skill - first
+        loss = self.skill_axis.worth(first) - self.skill_axis.worth(point.skill)
         # Scores are shares of whole answers: what lies between is rounding.
         return loss <= self.tolerance + 1e-9
 
-    def _gain(self, point: Point) -> float:
-        return point.score if self.score_axis.higher_is_better else -point.score
-
     def _goods(self, point: Point) -> tuple[float, ...]:
+        score = self.score_axis.worth(point.score)
         if self.skill_axis is None or point.skill is None:
-            return (self._gain(point),)
-        return self._gain(point), point.skill if self.skill_axis.higher_is_better else -point.skill
+            return (score,)
+        return score, self.skill_axis.worth(point.skill)
 
     def _beats(self, one: Point, other: Point) -> bool:
         pairs = list(zip(self._goods(one), self._goods(other), strict=True))
@@ -95,12 +98,9 @@ class Sweep:
     def as_table(self) -> str:
         """A Markdown table of all points, and what is suggested."""
         skill = [] if self.skill_axis is None else [_header(self.skill_axis)]
-        header = ["strength", _header(self.score_axis), *skill, ""]
-        rows = [header, *(self._row(point) for point in self.points)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
-        lines.insert(1, "|" + "|".join(f"{'-' * (width + 1)}:" for width in widths) + "|")
-        return "\n".join([*lines, "", self._advice()])
+        head = ["strength", _header(self.score_axis), *skill, ""]
+        table = markdown_table(head, map(self._row, self.points), "r" * len(head))
+        return f"{table}\n\n{self._advice()}"
 
     def _row(self, point: Point) -> list[str]:
         notes = ["front"] if point in self.front and self.skill_axis is not None else []
