@@ -151,7 +151,6 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(inside):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills > 0
-    assert not (inside / "run" / "metrics.json").exists() or kills < 4
     subprocess.run(command, check=True, env=alone(PYTHONPATH=str(ROOT)))  # noqa: S603
     asked = Counter(log.read_text().splitlines())
     assert sum(asked.values()) - 12 <= 2 * kills
