@@ -35,7 +35,9 @@ from realign_lightning.modules.cache import Entry
 from tests.tiny_models import FAMILIES, LLAVA_TEMPLATE, llama_tokenizer, make_tiny, square
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in ("build", "eval")]
+RECIPES = [
+    path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in ("build", "eval", "evidence")
+]
 
 
 class Measured(NamedTuple):

@@ -20,7 +20,7 @@ from realign_lightning.preferences.command import read_recipe
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "evidence")
 
 HOSTILE = """
 import os, pathlib

@@ -18,7 +18,8 @@ _FRONT, _OTHER, _SUGGESTED = BLUE, "#9aa3ad", VERMILION
 def draw(sweep: Sweep, path: Path) -> None:
     """Draw the score over the skill, one point per strength, with Pareto's front and the suggested point.
 
-    Without a skill the score is drawn over the strength. Better is up, and to the right.
+    Without a skill the score is drawn over the strength. Better is up, and to the right. Intervals are drawn where
+    points have them.
 
     Args:
         sweep: what to draw.
@@ -42,23 +43,27 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 
 def _title(sweep: Sweep) -> str:
-    return f"Strength of the adapter: {sweep.suggested.strength:g} is suggested"
+    dial = "Strength of the adapter" if sweep.dial == "strength" else sweep.dial
+    return f"{dial}: {sweep.suggested.strength:g} is suggested"
 
 
 def _draw_over_strength(axes: Axes, sweep: Sweep) -> None:
     strengths, scores = zip(*((point.strength, point.score) for point in sweep.points), strict=True)
     axes.plot(strengths, scores, "o-", color=_FRONT, ms=5)
     _ring(axes, sweep.suggested.strength, sweep.suggested.score)
-    axes.set_xlabel("strength (0 is the base model, 1 as trained)")
+    axes.set_xlabel("strength (0 is the base model, 1 as trained)" if sweep.dial == "strength" else sweep.dial)
     _point_up(axes, sweep.score_axis)
 
 
 def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
     shown = [point for point in sweep.points if point.skill is not None]
     axes.plot([_skill(point) for point in shown], [point.score for point in shown], "-", color=FAINT, lw=1.2, zorder=1)
+    for point in shown:
+        halves: dict[str, Any] = {"xerr": point.skill_half, "yerr": point.score_half}
+        axes.errorbar(_skill(point), point.score, **halves, fmt="none", ecolor=FAINT, elinewidth=1.4, zorder=2)
     front = sweep.front
     for group, color, marker, label in (
-        ([point for point in shown if point not in front], _OTHER, "o", "beaten by another strength"),
+        ([point for point in shown if point not in front], _OTHER, "o", "beaten by another point"),
         ([point for point in shown if point in front], _FRONT, "D", "front: nothing gained without a loss"),
     ):
         if group:
@@ -68,7 +73,9 @@ def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
         place = (_skill(point), point.score)
         axes.annotate(f"{point.strength:g}", place, (5, 5), textcoords="offset points", size=8.5, color=INK)
     _ring(axes, _skill(sweep.suggested), sweep.suggested.score)
-    lowest = _skill(sweep.points[0]) - skill_axis.worth(sweep.tolerance)
+    first = sweep.first_skill
+    assert first is not None  # noqa: S101 - points have skills
+    lowest = first - skill_axis.worth(sweep.tolerance)
     label = f"the base's skill less {sweep.tolerance:g}"
     axes.axvline(lowest, color=MUTED, lw=1, ls=":", zorder=0, label=label)
     axes.set_xlabel(skill_axis.title if skill_axis.higher_is_better else f"{skill_axis.title} (lower is better: right)")

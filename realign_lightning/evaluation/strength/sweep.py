@@ -40,11 +40,15 @@ class Point(NamedTuple):
         strength: of the adapter.
         score: on the benchmark that the adapter was trained for, as it is shown.
         skill: on what the training never touched; None where that was not measured.
+        score_half: half the length of the score's interval; None where there is none.
+        skill_half: the same of the skill.
     """
 
     strength: float
     score: float
     skill: float | None = None
+    score_half: float | None = None
+    skill_half: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,21 @@ class Sweep:
         skill_axis: of :attr:`Point.skill`; None where no skill was measured.
         points: in rising order of strength; the first is the base model, of strength 0.
         tolerance: how much of the base's skill may be lost, in the skill's own unit.
+        base_skill: what losses are counted from; None is the first point's.
+        dial: what is turned from point to point.
     """
 
     score_axis: Axis
     skill_axis: Axis | None
     points: tuple[Point, ...]
     tolerance: float
+    base_skill: float | None = None
+    dial: str = "strength"
+
+    @property
+    def first_skill(self) -> float | None:
+        """What losses are counted from; None where no skill was measured."""
+        return self.points[0].skill if self.base_skill is None else self.base_skill
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -75,10 +88,13 @@ class Sweep:
         Of equal scores the smallest strength: it changes least.
         """
         allowed = [point for point in self.points if self._keeps_skill(point)]
+        if not allowed:
+            # Only where skills are compared with a base that is no point: the least loss.
+            return max(self.points, key=lambda point: self._goods(point)[::-1])
         return max(allowed, key=lambda point: (self.score_axis.worth(point.score), -point.strength))
 
     def _keeps_skill(self, point: Point) -> bool:
-        first = self.points[0].skill
+        first = self.first_skill
         if self.skill_axis is None or point.skill is None or first is None:
             return True
         loss = self.skill_axis.worth(first) - self.skill_axis.worth(point.skill)
@@ -98,7 +114,7 @@ class Sweep:
     def as_table(self) -> str:
         """A Markdown table of all points, and what is suggested."""
         skill = [] if self.skill_axis is None else [_header(self.skill_axis)]
-        head = ["strength", _header(self.score_axis), *skill, ""]
+        head = [self.dial, _header(self.score_axis), *skill, ""]
         table = markdown_table(head, map(self._row, self.points), "r" * len(head))
         return f"{table}\n\n{self._advice()}"
 
@@ -111,9 +127,11 @@ class Sweep:
     def _advice(self) -> str:
         best = self.suggested
         if self.skill_axis is None:
-            return f"Best score at strength {best.strength:g}. What it costs elsewhere was not measured: give `skills`."
+            return (
+                f"Best score at {self.dial} {best.strength:g}. What it costs elsewhere was not measured: give `skills`."
+            )
         return (
-            f"Suggested: strength {best.strength:g}, the best {self.score_axis.title} of those that lose at most "
+            f"Suggested: {self.dial} {best.strength:g}, the best {self.score_axis.title} of those that lose at most "
             f"{self.tolerance:g} of the base's {self.skill_axis.title}."
         )
 

@@ -1,0 +1,517 @@
+"""The work of benchmarks/evidence.py: what is to be done, by whom, and what was found.
+
+A job is all that is trained from one policy on one set of pairs. It writes a file for every run that is finished, so
+that an interrupted experiment goes on where it was, and loses a run at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.evidence_settings import Choosing, Experiment, Method, digest
+from benchmarks.evidence_training import Exam, make_module, measure, read_pairs, train
+from benchmarks.evidence_worlds import Part
+from realign_lightning.backbones import AdapterStrength, Backbone
+from realign_lightning.backbones.files import write_json
+from realign_lightning.types import EncodedSample
+
+BASE = "base"
+"""Name of the policy as it was taught."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, measured at one or several strengths.
+
+    Args:
+        name: of the method, or of the ablation's value, for tables.
+        method: None for the policy as it was taught.
+        rate: learning rate.
+        strengths: of the adapter.
+        part: what is measured.
+    """
+
+    name: str
+    method: Method | None
+    rate: float
+    strengths: tuple[float, ...]
+    part: Part
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that share policy and pairs.
+
+    Args:
+        seed: of the policy.
+        world: name of the world of the pairs.
+        pairs: what differs from the world's own pairs.
+        runs: what to train.
+    """
+
+    seed: int
+    world: str
+    pairs: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[Run, ...] = ()
+
+
+class Store:
+    """The results of an experiment: one small file each, named by all that they depend on.
+
+    Args:
+        folder: of the experiment.
+        experiment: whose.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment) -> None:
+        self.folder = folder
+        self.experiment = experiment
+
+    def claim(self, described: Mapping[str, Any]) -> None:
+        """Keep the folder for one world: policies and pairs of another must not be taken for this one's.
+
+        Args:
+            described: the experiment in plain values.
+
+        Raises:
+            FileExistsError: if the folder holds results of another world.
+        """
+        path, world = self.folder / "world.json", json.loads(json.dumps(described["world"]))
+        if path.is_file() and (other := json.loads(path.read_text(encoding="utf-8"))) != world:
+            raise FileExistsError(
+                f"{self.folder} holds results of another world: {other}, and this is {world}. Give another --work, or "
+                "remove it."
+            )
+        _write(path, world)
+
+    def policy(self, seed: int) -> Path:
+        """Where a policy is."""
+        return self.folder / f"policy_{seed}"
+
+    def taught(self, seed: int) -> Path:
+        """The file that says that a policy is there."""
+        return self.folder / "taught" / f"{seed}.json"
+
+    def pairs(self, seed: int, name: str, changes: Mapping[str, Any]) -> Path:
+        """Where pairs are."""
+        return self.folder / f"pairs_{seed}" / f"{name}_{digest(dict(changes))}"
+
+    def result(self, job: Job, run: Run) -> Path:
+        """The file of a run."""
+        method = None if run.method is None else {**asdict(run.method), "title": ""}
+        parts = [method, run.rate, run.strengths, run.part, asdict(self.experiment.training)]
+        # The policy as it was taught has seen no pairs.
+        own = [] if method is None else [job.world, job.pairs]
+        return self.folder / "results" / f"{job.seed}_{digest([*parts, *own])}.json"
+
+    def missing(self, job: Job) -> Job:
+        """What of a job is still to be done."""
+        left = tuple(run for run in job.runs if not self.result(job, run).is_file())
+        return Job(job.seed, job.world, job.pairs, left)
+
+
+class Bench:
+    """Does the work of one process, one job after another.
+
+    Args:
+        store: where results go.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.experiment = store.experiment
+
+    def teach(self, seed: int) -> None:
+        """Make the policy of a seed, unless it is there.
+
+        Args:
+            seed: of the policy.
+        """
+        told, folder = self.store.taught(seed), self.store.policy(seed)
+        if told.is_file():
+            return
+        for half in folder.glob("*"):
+            half.unlink()
+        start = time.perf_counter()
+        report = dict(self.experiment.world.prepare(seed, folder))
+        _write(told, {**report, "seconds": time.perf_counter() - start})
+
+    def do(self, job: Job) -> None:
+        """Do what is missing of a job.
+
+        Args:
+            job: whose policy is there.
+        """
+        job = self.store.missing(job)
+        if job.runs:
+            desk = _Desk(self.store, job)
+            for run in job.runs:
+                self._run(desk, job, run)
+
+    def _run(self, desk: _Desk, job: Job, run: Run) -> None:
+        if self.store.result(job, run).is_file():
+            # The same settings under another name, as the unchanged value of every ablation.
+            return
+        start = time.perf_counter()
+        seconds = {}
+        if run.method is None:
+            untrained = Method("base", rule="sft")
+            module = make_module(untrained, desk.backbone, self.experiment.training, 0.0, desk.work)
+            module.configure_model()
+        else:
+            samples = desk.samples(run.method)
+            seconds["pairs"] = time.perf_counter() - start
+            training = self.experiment.training
+            module = train(run.method, desk.backbone, samples, training, run.rate, job.seed, desk.work)
+            seconds["training"] = time.perf_counter() - start - seconds["pairs"]
+        margins, exams = desk.margins(run.part), desk.exams(run.part)
+        start, scores = time.perf_counter(), {}
+        strength = AdapterStrength(module.policy)
+        for value in run.strengths:
+            strength.set(value)
+            scores[f"{value:g}"] = measure(module, exams, margins)
+        seconds["measuring"] = time.perf_counter() - start
+        _write(self.store.result(job, run), {"scores": scores, "seconds": seconds})
+
+
+class _Desk:
+    """What the runs of a job share, made when it is first asked for."""
+
+    def __init__(self, store: Store, job: Job) -> None:
+        self._store, self._job = store, job
+        self._samples: dict[str, list[EncodedSample]] = {}
+        self._margins: dict[Part, list[EncodedSample]] = {}
+        self._exams: dict[Part, list[Exam]] = {}
+        self.work = store.folder / f"work_{job.seed}"
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self._store.experiment.world.backbone(self._store.policy(self._job.seed))
+
+    @cached_property
+    def _folder(self) -> Path:
+        job, world = self._job, self._store.experiment.world
+        place = self._store.pairs(job.seed, job.world, job.pairs)
+        return world.pairs(job.world, job.pairs, self.backbone, job.seed, place)
+
+    def samples(self, method: Method) -> list[EncodedSample]:
+        if method.negative not in self._samples:
+            self._samples[method.negative] = read_pairs(self._folder, self.backbone, method.negative, self._job.seed)
+        return self._samples[method.negative]
+
+    def exams(self, part: Part) -> list[Exam]:
+        if part not in self._exams:
+            experiment = self._store.experiment
+            asked = experiment.world.benchmarks(self._job.seed, part)
+            self._exams[part] = [Exam(one, self.backbone, experiment.questions_at_once) for one in asked]
+        return self._exams[part]
+
+    def margins(self, part: Part) -> list[EncodedSample]:
+        if part not in self._margins:
+            seed, world = self._job.seed, self._store.experiment.world
+            folder = world.margin_pairs(self.backbone, seed, part, self._store.pairs(seed, "margins", {"part": part}))
+            found = [] if folder is None else read_pairs(folder, self.backbone, "retrieved", seed)
+            self._margins[part] = found
+        return self._margins[part]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{time.time_ns()}")
+    write_json(half, dict(content))
+    half.replace(path)
+
+
+# ---- several processes
+
+_bench: Bench | None = None
+
+
+def _begin(store: Store) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    # Bars and warnings of every training: one bar is enough to look at.
+    log = (store.folder / f"worker_{os.getpid()}.log").open("w")
+    os.dup2(log.fileno(), sys.stderr.fileno())
+    _bench = Bench(store)
+
+
+def _call(name: str, argument: Any) -> None:
+    assert _bench is not None  # noqa: S101
+    getattr(_bench, name)(argument)
+
+
+def do_all(store: Store, seeds: Sequence[int], jobs: Sequence[Job], workers: int, title: str) -> None:
+    """Do all jobs, each when its policy is there, with a progress bar over runs.
+
+    Args:
+        store: where results go; what is there is not done again.
+        seeds: of policies that are needed.
+        jobs: in the order in which they are begun.
+        workers: processes.
+        title: of the progress bar.
+    """
+    waiting = [left for job in jobs if (left := store.missing(job)).runs]
+    needed = {job.seed for job in waiting}
+    teaching = [seed for seed in seeds if seed in needed and not store.taught(seed).is_file()]
+    total = sum(len(job.runs) for job in jobs) + len(seeds)
+    with _pool(store, workers) as submit, tqdm(total=total, desc=title, unit="run", smoothing=0.05) as bar:
+        running: dict[Future[None], int | None] = {}
+        absent = set(teaching)
+        while waiting or teaching or running:
+            while len(running) < workers and (found := _next(waiting, teaching, absent)) is not None:
+                name, argument = found
+                running[submit(name, argument)] = argument if name == "teach" else None
+            done, _ = wait(running, timeout=2.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                taught = running.pop(future)
+                future.result()
+                absent.discard(-1 if taught is None else taught)
+            bar.n = sum(len(job.runs) - len(store.missing(job).runs) for job in jobs) + len(seeds) - len(absent)
+            bar.refresh()
+
+
+def _next(waiting: list[Job], teaching: list[int], absent: set[int]) -> tuple[str, Any] | None:
+    """A job whose policy is there, or a policy to teach; nothing if all that is left waits for one."""
+    for place, job in enumerate(waiting):
+        if job.seed not in absent:
+            return "do", waiting.pop(place)
+    return ("teach", teaching.pop(0)) if teaching else None
+
+
+@contextmanager
+def _pool(store: Store, workers: int) -> Iterator[Callable[[str, Any], Future[None]]]:
+    if workers < 1:
+        raise ValueError(f"Expected at least 1 worker, got {workers}.")
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (store,))
+    kept = dict(os.environ)
+    # What worker processes inherit.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield lambda name, argument: pool.submit(_call, name, argument)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+# ---- what is to be done
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Hyper-parameters of a method.
+
+    Args:
+        rate: learning rate.
+        strength: of the adapter.
+        tried: how many points of the grid there were.
+        score: of the choice, on the mean over policies.
+        lost: of what was to be kept.
+    """
+
+    rate: float
+    strength: float
+    tried: int
+    score: float
+    lost: float
+
+
+class Plan:
+    """What an experiment consists of, and what was found.
+
+    Args:
+        store: of the results.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.experiment = store.experiment
+
+    def base_job(self, seed: int, part: Part) -> Job:
+        """Measures the policy as it was taught."""
+        return Job(seed, self.experiment.world.names[0], {}, (Run(BASE, None, 0.0, (1.0,), part),))
+
+    def grid_jobs(self) -> list[Job]:
+        """Every method with every learning rate, on the validation images of development policies."""
+        jobs = [self.base_job(seed, "validation") for seed in self.experiment.development]
+        for seed in self.experiment.development:
+            for world in self.experiment.world.names:
+                jobs += _by_pairs(seed, world, [run for name in self.experiment.methods for run in self._grid(name)])
+        return jobs
+
+    def _grid(self, name: str) -> list[Run]:
+        choosing, method = self.experiment.choosing, self.experiment.methods[name]
+        return [Run(name, method, rate, tuple(choosing.strengths), "validation") for rate in choosing.rates]
+
+    def choices(self) -> dict[tuple[str, str], Choice]:
+        """The hyper-parameters of every method, by world and method."""
+        base = [self.scores(self.base_job(seed, "validation"))[0] for seed in self.experiment.development]
+        return {
+            (world, name): self._choose(world, name, base)
+            for world in self.experiment.world.names
+            for name in self.experiment.methods
+        }
+
+    def _choose(self, world: str, name: str, base: Sequence[Mapping[str, float]]) -> Choice:
+        choosing = self.experiment.choosing
+        found = []
+        for run in self._grid(name):
+            by_seed = [self._grid_scores(seed, world, run) for seed in self.experiment.development]
+            for place, strength in enumerate(choosing.strengths):
+                score = _mean([scores[place][choosing.score] for scores in by_seed])
+                lost = _mean(
+                    [
+                        first[choosing.kept] - scores[place][choosing.kept]
+                        for first, scores in zip(base, by_seed, strict=True)
+                    ]
+                )
+                found.append(Choice(run.rate, strength, 0, score, lost))
+        return choose(found, choosing)
+
+    def _grid_scores(self, seed: int, world: str, run: Run) -> list[dict[str, float]]:
+        (job,) = _by_pairs(seed, world, [run])
+        return self.scores(job)
+
+    def method_jobs(self, choices: Mapping[tuple[str, str], Choice]) -> list[Job]:
+        """Every method as chosen, on the test images of fresh policies."""
+        jobs = [self.base_job(seed, "test") for seed in self.experiment.seeds]
+        for seed in self.experiment.seeds:
+            for world in self.experiment.world.names:
+                jobs += _by_pairs(seed, world, [self.chosen(world, name, choices) for name in self.experiment.methods])
+        return jobs
+
+    def chosen(self, world: str, name: str, choices: Mapping[tuple[str, str], Choice]) -> Run:
+        """The run of a method as chosen.
+
+        Args:
+            world: name.
+            name: of the method.
+            choices: of all.
+        """
+        choice = choices[world, name]
+        return Run(name, self.experiment.methods[name], choice.rate, (choice.strength,), "test")
+
+    def ablation_jobs(self, choices: Mapping[tuple[str, str], Choice]) -> list[Job]:
+        """Every value of every ablation, with what was chosen for the method that they change."""
+        seeds = self.experiment.seeds[: self.experiment.ablation_seeds]
+        jobs = [self.base_job(seed, "ablation") for seed in seeds]
+        for seed in seeds:
+            for world in self.experiment.ablation_worlds:
+                runs = [
+                    run
+                    for name in self.experiment.ablations
+                    for run in self.ablation_runs(world, name, choices).values()
+                ]
+                jobs += _by_pairs(seed, world, runs)
+        return jobs
+
+    def ablation_runs(self, world: str, name: str, choices: Mapping[tuple[str, str], Choice]) -> dict[str, Run]:
+        """The runs of an ablation by label.
+
+        Args:
+            world: name.
+            name: of the ablation.
+            choices: of all methods.
+        """
+        choice = choices[world, self.experiment.ablated]
+        methods = self.experiment.ablations[name].methods(self.experiment.methods[self.experiment.ablated])
+        return {
+            label: Run(f"{name}={label}", method, choice.rate, (choice.strength,), "ablation")
+            for label, method in methods.items()
+        }
+
+    def dial_jobs(self, choices: Mapping[tuple[str, str], Choice]) -> list[Job]:
+        """The ablated method at all strengths of the dial.
+
+        Args:
+            choices: of all methods.
+        """
+        experiment = self.experiment
+        jobs = []
+        for seed in experiment.seeds[: experiment.ablation_seeds] if experiment.dial else []:
+            for world in experiment.ablation_worlds:
+                method, rate = experiment.methods[experiment.ablated], choices[world, experiment.ablated].rate
+                jobs += _by_pairs(seed, world, [Run("dial", method, rate, tuple(experiment.dial), "ablation")])
+        return jobs
+
+    def scores(self, job: Job) -> list[dict[str, float]]:
+        """The scores of a job's only run, by strength.
+
+        Args:
+            job: with one run.
+        """
+        (run,) = job.runs
+        found = self._result(job)["scores"]
+        return [found[f"{strength:g}"] for strength in run.strengths]
+
+    def _result(self, job: Job) -> dict[str, Any]:
+        (run,) = job.runs
+        found: dict[str, Any] = json.loads(self.store.result(job, run).read_text(encoding="utf-8"))
+        return found
+
+    def stages(self, choices: Mapping[tuple[str, str], Choice], workers: int) -> list[dict[str, Any]]:
+        """How long every stage took: the sum over its processes, and that divided by their number.
+
+        Args:
+            choices: of all methods.
+            workers: processes.
+        """
+        seeds = [*self.experiment.development, *self.experiment.seeds]
+        taught = [json.loads(self.store.taught(seed).read_text(encoding="utf-8"))["seconds"] for seed in seeds]
+        stages = {"teaching policies": (len(seeds), sum(taught))}
+        for title, jobs in (
+            ("choosing hyper-parameters", self.grid_jobs()),
+            ("methods on fresh policies", self.method_jobs(choices)),
+            ("ablations", self.ablation_jobs(choices)),
+            ("strength of the adapter", self.dial_jobs(choices)),
+        ):
+            alone = [Job(job.seed, job.world, job.pairs, (run,)) for job in jobs for run in job.runs]
+            stages[title] = (len(alone), sum(sum(self._result(job)["seconds"].values()) for job in alone))
+        stages["all"] = (sum(runs for runs, _ in stages.values()), sum(seconds for _, seconds in stages.values()))
+        return [
+            {"stage": title, "runs": runs, "core minutes": seconds / 60, "minutes": seconds / 60 / workers}
+            for title, (runs, seconds) in stages.items()
+        ]
+
+
+def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
+    """The lowest score of those that keep enough; if none does, what keeps most.
+
+    Args:
+        found: at least one.
+        choosing: the rule.
+    """
+    allowed = [choice for choice in found if choice.lost <= choosing.most_lost]
+    best = min(allowed, key=lambda choice: choice.score) if allowed else min(found, key=lambda choice: choice.lost)
+    return Choice(best.rate, best.strength, len(found), best.score, best.lost)
+
+
+def _by_pairs(seed: int, world: str, runs: Sequence[Run]) -> list[Job]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_pairs_of(run), sort_keys=True), []).append(run)
+    return [Job(seed, world, json.loads(pairs), tuple(group)) for pairs, group in groups.items()]
+
+
+def _pairs_of(run: Run) -> dict[str, Any]:
+    return {} if run.method is None else dict(run.method.pairs)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,109 @@
+"""docs/evidence.md, written from the CSV files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence_report import (
+    AGAINST,
+    Raw,
+    Verdict,
+    ablation_table,
+    choice_table,
+    difference_table,
+    draw_dials,
+    draw_methods,
+    judge,
+    measure_of,
+    method_table,
+    stage_table,
+)
+from benchmarks.evidence_settings import Experiment
+from realign_lightning.evaluation.strength.sweep import Sweep
+
+
+def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
+    """Write page and pictures.
+
+    Args:
+        experiment: what was run.
+        docs: folder of the documentation; its ``evidence`` holds the CSV files.
+        recipe: of the experiment.
+    """
+    folder, pictures = docs / "evidence", docs / "images"
+    pictures.mkdir(parents=True, exist_ok=True)
+    raw = Raw(folder / "methods.csv", experiment.seeds)
+    draw_methods(experiment, raw, experiment.pictured, pictures / "evidence_methods.png")
+    parts = [
+        "<!-- Written by benchmarks/evidence.py; edit recipes, or evidence/*.md, not this file. -->\n\n# Evidence",
+        _verdicts(experiment, judge(experiment, raw)),
+        _read(folder / "introduction.md"),
+        "## Results",
+        "![Differences of all methods to the base policy, with intervals](images/evidence_methods.png)",
+        *(_world(experiment, raw, world) for world in experiment.world.names),
+        _read(folder / "reading.md"),
+        "## What was chosen\n\nThe same grid for every method, on other policies and other images; the lowest "
+        f"{experiment.choosing.score} of what loses at most {experiment.choosing.most_lost:g} points of "
+        f"{experiment.choosing.kept} on the mean, or what loses least.",
+        choice_table(experiment, folder),
+    ]
+    if experiment.ablation_seeds:
+        seeds = experiment.seeds[: experiment.ablation_seeds]
+        parts += _ablations(experiment, Raw(folder / "ablations.csv", seeds))
+        parts += _dials(draw_dials(experiment, folder, pictures, seeds))
+    parts += ["## Time", stage_table(folder), f"Raw numbers: `docs/evidence/*.csv`. Recipe: `{recipe}`."]
+    (docs / "evidence.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
+    """What does not hold comes first."""
+    failed = [verdict for verdict in verdicts if not verdict.holds]
+    held = [verdict for verdict in verdicts if verdict.holds]
+    count = len(experiment.seeds)
+    said = [f"Over {count} fresh policies, means of paired differences with Student's 95 % intervals."]
+    for title, group in (("**Not shown:**", failed), ("**Shown:**", held)):
+        lines = [f"* {verdict.line(measure_of(experiment, verdict.claim.measure))}" for verdict in group]
+        said.append("\n".join([title, "", *(lines or ["* nothing"])]))
+    return "\n\n".join([f"{said[0]} What does not hold comes first.", *said[1:]])
+
+
+def _world(experiment: Experiment, raw: Raw, world: str) -> str:
+    parts = [f"### Pairs from the {world} world", method_table(experiment, raw, world)]
+    for against in AGAINST:
+        if against in ("base", *experiment.methods):
+            title = "the base policy" if against == "base" else experiment.methods[against].title
+            parts += [f"Difference to {title}, bold where the interval is clear of zero:"]
+            parts += [difference_table(experiment, raw, world, against)]
+    return "\n\n".join(parts)
+
+
+def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
+    title = experiment.methods[experiment.ablated].title
+    parts = [
+        f"## Ablations\n\nOf {title}, with the learning rate and strength that were chosen for it; "
+        f"{experiment.ablation_seeds} policies, fewer questions."
+    ]
+    for name, ablation in experiment.ablations.items():
+        parts.append(f"### {ablation.title}\n\n{ablation.question}".strip())
+        for world in experiment.ablation_worlds:
+            parts += [
+                f"Pairs from the {world} world:",
+                ablation_table(experiment, raw, world, name),
+            ]
+    return parts
+
+
+def _dials(sweeps: dict[str, Sweep]) -> list[str]:
+    parts = [
+        "## The price: hallucination against untouched skills\n\nUp is fewer hallucinations, right is more skill. "
+        "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations."
+    ]
+    for name, sweep in sweeps.items():
+        parts.append(f"![{sweep.dial}, {name.rpartition('_')[2]} world](images/{name}.png)")
+        parts.append(sweep.as_table())
+    return parts

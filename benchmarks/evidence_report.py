@@ -1,0 +1,385 @@
+"""Raw numbers of benchmarks/evidence.py as CSV, and from them the tables, pictures and page of docs/evidence.md."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.evidence_jobs import BASE, Choice, Job, Plan, Run
+from benchmarks.evidence_settings import Claim, Experiment, Measure
+from benchmarks.evidence_statistics import Estimate, difference, estimate
+from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILION
+from realign_lightning.evaluation.report import markdown_table
+from realign_lightning.evaluation.strength.picture import draw as draw_sweep
+from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep
+
+Row = Mapping[str, Any]
+
+AGAINST = (BASE, "sft", "dpo")
+"""Methods that all others are compared with, as far as they are there."""
+
+
+# ---- raw numbers
+
+
+def write_raw(plan: Plan, folder: Path, workers: int) -> None:
+    """Write every number that was measured: of grid, choices, methods, ablations, dial and stages.
+
+    Args:
+        plan: all of whose jobs are done.
+        folder: made if needed.
+        workers: processes that did them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    choices, experiment = plan.choices(), plan.experiment
+    _write_csv(folder / "grid.csv", _rows(plan, plan.grid_jobs()))
+    _write_csv(folder / "choices.csv", [_choice_row(*key, choice) for key, choice in choices.items()])
+    _write_csv(folder / "methods.csv", _rows(plan, plan.method_jobs(choices)))
+    if experiment.ablation_seeds:
+        _write_csv(folder / "ablations.csv", _rows(plan, plan.ablation_jobs(choices)))
+        _write_csv(folder / "dial.csv", _rows(plan, plan.dial_jobs(choices)))
+    _write_csv(folder / "stages.csv", plan.stages(choices, workers))
+
+
+def _rows(plan: Plan, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    rows = []
+    for job in jobs:
+        for run in job.runs:
+            alone = Job(job.seed, job.world, job.pairs, (run,))
+            for strength, scores in zip(run.strengths, plan.scores(alone), strict=True):
+                rows.append({**_labels(job, run), "strength": strength, **scores})
+    return rows
+
+
+def _labels(job: Job, run: Run) -> dict[str, Any]:
+    world = "" if run.method is None else job.world
+    return {"seed": job.seed, "world": world, "method": run.name, "rate": run.rate}
+
+
+def _choice_row(world: str, method: str, choice: Choice) -> dict[str, Any]:
+    return {"world": world, "method": method, **asdict(choice)}
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _plain(value) for name, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.10g}" if isinstance(value, float) else value
+
+
+class Raw:
+    """The numbers of one CSV file.
+
+    Args:
+        path: of the file.
+        seeds: whose; None for all.
+    """
+
+    def __init__(self, path: Path, seeds: Sequence[int] | None = None) -> None:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.rows = [row for row in rows if seeds is None or int(row["seed"]) in seeds]
+
+    def values(self, world: str, method: str, key: str, strength: float | None = None) -> list[float]:
+        """A score of a method, one per seed in order.
+
+        Args:
+            world: name; the policy as it was taught is of none.
+            method: name.
+            key: of the score.
+            strength: of the adapter, where there are several.
+
+        Raises:
+            KeyError: if nothing was measured.
+        """
+        wanted = "" if method == BASE else world
+        found = {
+            int(row["seed"]): float(row[key])
+            for row in self.rows
+            if row["method"] == method
+            and row["world"] == wanted
+            and (strength is None or math.isclose(float(row["strength"]), strength))
+        }
+        if not found:
+            raise KeyError(f"no {key!r} of {method!r} in {world!r}")
+        return [found[seed] for seed in sorted(found)]
+
+    def has(self, method: str) -> bool:
+        """Whether a method was measured."""
+        return any(row["method"] == method for row in self.rows)
+
+
+# ---- what is and is not shown
+
+
+class Verdict(NamedTuple):
+    """What became of a claim in one world.
+
+    Args:
+        claim: the sentence.
+        world: name.
+        found: paired difference, turned so that more is better.
+        holds: whether the interval bears the claim out.
+    """
+
+    claim: Claim
+    world: str
+    found: Estimate
+    holds: bool
+
+    def line(self, measure: Measure) -> str:
+        """The sentence, with its numbers.
+
+        Args:
+            measure: of the claim.
+        """
+        sign = -1.0 if measure.higher_is_better is False else 1.0
+        shown = Estimate(sign * self.found.mean, self.found.half, self.found.policies).shown(2, signed=True)
+        return f"{self.claim.text}, {self.world} world: {measure.title} {shown}"
+
+
+def judge(experiment: Experiment, raw: Raw) -> list[Verdict]:
+    """Every claim in every world.
+
+    Args:
+        experiment: makes the claims.
+        raw: numbers of the methods.
+    """
+    return [_judge(experiment, raw, claim, world) for claim in experiment.claims for world in experiment.world.names]
+
+
+def _judge(experiment: Experiment, raw: Raw, claim: Claim, world: str) -> Verdict:
+    measure = measure_of(experiment, claim.measure)
+    sign = -1.0 if measure.higher_is_better is False else 1.0
+    values, others = (raw.values(world, name, claim.measure) for name in (claim.method, claim.against))
+    found = difference([sign * value for value in values], [sign * value for value in others])
+    least = 0.0 if claim.at_most_lost is None else -claim.at_most_lost
+    return Verdict(claim, world, found, found.mean - found.half > least)
+
+
+def measure_of(experiment: Experiment, key: str) -> Measure:
+    """The measure of a score.
+
+    Args:
+        experiment: whose.
+        key: of the score.
+    """
+    return next(measure for measure in experiment.measures if measure.key == key)
+
+
+# ---- tables
+
+
+def method_table(experiment: Experiment, raw: Raw, world: str) -> str:
+    """Means with intervals, a row per measure and a column per method.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the methods.
+        world: name.
+    """
+    names = [BASE, *experiment.methods]
+    head = ["", "", *(_title(experiment, name) for name in names)]
+    rows = [
+        [measure.title, _arrow(measure), *(_cell(raw, world, name, measure) for name in names)]
+        for measure in experiment.measures
+    ]
+    return markdown_table(head, rows, "ll" + "r" * len(names))
+
+
+def difference_table(experiment: Experiment, raw: Raw, world: str, against: str) -> str:
+    """Paired differences to a method; those whose interval is clear of zero in bold.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the methods.
+        world: name.
+        against: the method.
+    """
+    names = [name for name in (BASE, *experiment.methods) if name != against]
+    head = ["", "", *(_title(experiment, name) for name in names)]
+    rows = [
+        [measure.title, _arrow(measure), *(_difference_cell(raw, world, name, against, measure) for name in names)]
+        for measure in experiment.measures
+    ]
+    return markdown_table(head, rows, "ll" + "r" * len(names))
+
+
+def _cell(raw: Raw, world: str, name: str, measure: Measure) -> str:
+    return estimate(raw.values(world, name, measure.key)).shown(measure.digits)
+
+
+def _difference_cell(raw: Raw, world: str, name: str, against: str, measure: Measure) -> str:
+    found = difference(raw.values(world, name, measure.key), raw.values(world, against, measure.key))
+    text = found.shown(measure.digits, signed=True)
+    return f"**{text}**" if found.is_clear else text
+
+
+def _title(experiment: Experiment, name: str) -> str:
+    return BASE if name == BASE else experiment.methods[name].title
+
+
+def _arrow(measure: Measure) -> str:
+    return {True: "↑", False: "↓", None: ""}[measure.higher_is_better]
+
+
+def ablation_table(experiment: Experiment, raw: Raw, world: str, name: str) -> str:
+    """Means of an ablation's values, and the paired difference of the first measure to the method itself.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the ablations.
+        world: name.
+        name: of the ablation.
+    """
+    ablation = experiment.ablations[name]
+    own = next((label for label, change in ablation.values.items() if not change), None)
+    measures = [measure_of(experiment, key) for key in experiment.pictured]
+    rows = []
+    for label in ablation.values:
+        cells = [f"{label} (as it is)" if label == own else label]
+        cells += [_cell(raw, world, f"{name}={label}", measure) for measure in measures]
+        changed = own is not None and label != own
+        compared = (world, f"{name}={label}", f"{name}={own}", measures[0])
+        rows.append([*cells, _difference_cell(raw, *compared) if changed else ""])
+    titles = [f"{measure.title} {_arrow(measure)}".strip() for measure in measures]
+    head = [ablation.title, *titles, f"{measures[0].title}: difference"]
+    return markdown_table(head, rows, "l" + "r" * (len(measures) + 1))
+
+
+def choice_table(experiment: Experiment, folder: Path) -> str:
+    """What was chosen, for every method and world.
+
+    Args:
+        experiment: whose.
+        folder: of the CSV files.
+    """
+    with (folder / "choices.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    choosing = experiment.choosing
+    rows = []
+    for row in found:
+        score, lost = float(row["score"]), float(row["lost"])
+        chosen = [row["rate"], row["strength"], f"{score:.1f}", f"{lost:.2f}", row["tried"]]
+        rows.append([_title(experiment, row["method"]), row["world"], *chosen])
+    scores = f"validation {choosing.score}", f"{choosing.kept} lost"
+    head = ["method", "world", "learning rate", "strength", *scores, "points tried"]
+    return markdown_table(head, rows, "llrrrrr")
+
+
+def stage_table(folder: Path) -> str:
+    """Hours of every stage.
+
+    Args:
+        folder: of the CSV files.
+    """
+    with (folder / "stages.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    minutes = ("core minutes", "minutes")
+    rows = [[row["stage"], row["runs"], *(f"{float(row[name]):.0f}" for name in minutes)] for row in found]
+    return markdown_table(["stage", "runs", "core minutes", "minutes"], rows, "lrrr")
+
+
+# ---- pictures
+
+
+def sweep_of(
+    experiment: Experiment,
+    raw: Raw,
+    world: str,
+    points: Mapping[float, tuple[str, float | None]],
+    dial: str,
+    base: float | None = None,
+) -> Sweep:
+    """Hallucination against skills along a dial, over policies.
+
+    Args:
+        experiment: whose.
+        raw: numbers.
+        world: name.
+        points: name of the method, and strength where there are several, by value of the dial.
+        dial: its title.
+        base: skill that losses are counted from; None is the first point's.
+    """
+    choosing = experiment.choosing
+    found = []
+    for value, (name, strength) in points.items():
+        score, skill = (estimate(raw.values(world, name, key, strength)) for key in (choosing.score, choosing.kept))
+        found.append(Point(value, score.mean, skill.mean, score.half, skill.half))
+    measure = measure_of(experiment, choosing.score)
+    axes = Axis(measure.title, bool(measure.higher_is_better)), Axis(measure_of(experiment, choosing.kept).title)
+    return Sweep(*axes, tuple(found), choosing.most_lost, base, dial)
+
+
+def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Path) -> None:
+    """Paired differences of all methods to the base, with intervals: a panel per measure, a colour per world.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the methods.
+        keys: of the measures.
+        path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(experiment.methods)
+    figure = Figure(figsize=(3.1 * len(keys) + 1.6, 0.42 * len(names) + 1.5), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    looks = list(zip(experiment.world.names, (BLUE, VERMILION), ("o", "s"), (-0.14, 0.14), strict=False))
+    for axes, key in zip(panels, keys, strict=True):
+        measure = measure_of(experiment, key)
+        for world, color, marker, shift in looks:
+            found = [difference(raw.values(world, name, key), raw.values(world, BASE, key)) for name in names]
+            places = [place + shift for place in range(len(names))]
+            means, halves = [one.mean for one in found], [one.half for one in found]
+            style: dict[str, Any] = {"fmt": marker, "color": color, "ms": 5, "lw": 1.6, "label": f"{world} pairs"}
+            axes.errorbar(means, places, xerr=halves, **style)
+        axes.axvline(0, color=INK, lw=1, zorder=0)
+        axes.set_title(f"{measure.title} {_arrow(measure)}", size=10, color=INK)
+        axes.grid(axis="x", color=FAINT, lw=0.6)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_yticks(range(len(names)), [experiment.methods[name].title for name in names], color=INK)
+    panels[0].invert_yaxis()
+    panels[-1].legend(frameon=False, fontsize=8.5, loc="best")
+    figure.supxlabel("difference to the base policy, with 95 % interval", size=9, color=MUTED)
+    figure.savefig(path, dpi=150)
+
+
+def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequence[int]) -> dict[str, Sweep]:
+    """The pictures of all dials: strength of the adapter, and ablations of weights.
+
+    Args:
+        experiment: whose.
+        folder: of the CSV files.
+        pictures: where to draw.
+        seeds: of the ablations.
+
+    Returns:
+        Sweeps by the name of the picture.
+    """
+    found: dict[str, Sweep] = {}
+    raw, ablations = Raw(folder / "dial.csv", seeds), Raw(folder / "ablations.csv", seeds)
+    base = estimate(ablations.values("", BASE, experiment.choosing.kept)).mean
+    for world in experiment.ablation_worlds:
+        strengths = {value: ("dial", value) for value in experiment.dial}
+        found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength")
+        for name in ("visual_weight", "sft_weight"):
+            if name in experiment.ablations:
+                points = {float(label): (f"{name}={label}", None) for label in experiment.ablations[name].values}
+                ordered = dict(sorted(points.items()))
+                title = experiment.ablations[name].title
+                found[f"evidence_{name}_{world}"] = sweep_of(experiment, ablations, world, ordered, title, base)
+    for name, sweep in found.items():
+        draw_sweep(sweep, pictures / f"{name}.png")
+    return found

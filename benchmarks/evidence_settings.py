@@ -1,0 +1,244 @@
+"""What the experiment of benchmarks/evidence.py consists of, as its recipe says it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from benchmarks.evidence_worlds import World
+
+Rule = Literal["rdpo", "sft", "released"]
+"""The loss of a method: of the preferences, plain SFT, or what the authors' released code computes."""
+
+Negative = Literal["retrieved", "random", "crop"]
+"""The image of the visual preference: the retrieved one, that of another pair, or mDPO's crop of the image itself."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training.
+
+    Args:
+        title: for tables.
+        rule: what is computed.
+        loss: arguments of :class:`~realign_lightning.losses.RDPOLoss`; for ``rule: sft`` there are none.
+        negative: the image of the visual preference.
+        pairs: arguments of the world's pairs that differ from its own, for example ``{"tau": 0.85}``.
+        epochs: how often the experiment's number of steps is made.
+        share: of the pairs that is used; the steps stay as many.
+    """
+
+    title: str
+    rule: Rule = "rdpo"
+    loss: dict[str, Any] = field(default_factory=dict)
+    negative: Negative = "retrieved"
+    pairs: dict[str, Any] = field(default_factory=dict)
+    epochs: float = 1.0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rule == "sft" and self.loss:
+            raise ValueError(f"Expected no `loss` of {self.title!r}: SFT has no arguments, got {self.loss}.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"Expected `share` of {self.title!r} in (0, 1], got {self.share}.")
+        if not self.epochs > 0:
+            raise ValueError(f"Expected `epochs` of {self.title!r} above 0, got {self.epochs}.")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One setting of a method that takes several values.
+
+    Args:
+        title: of the setting.
+        values: what changes, by label, in the order of tables; an empty change is the method itself.
+        question: what it asks.
+    """
+
+    title: str
+    values: dict[str, dict[str, Any]]
+    question: str = ""
+
+    def methods(self, method: Method) -> dict[str, Method]:
+        """The method with every value of the setting.
+
+        Args:
+            method: what is changed.
+        """
+        return {label: _changed(method, change) for label, change in self.values.items()}
+
+
+def _changed(method: Method, change: Mapping[str, Any]) -> Method:
+    merged: dict[str, Any] = {
+        name: {**getattr(method, name), **value} if isinstance(value, Mapping) else value
+        for name, value in change.items()
+    }
+    return replace(method, **merged)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is the same for all methods.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: pairs per step.
+        rank: of LoRA; alpha is twice as much.
+        trainer: arguments of Lightning's Trainer.
+    """
+
+    steps: int
+    batch_size: int
+    rank: int
+    trainer: dict[str, Any] = field(default_factory=lambda: {"accelerator": "cpu", "devices": 1})
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How hyper-parameters are chosen: the same grid for every method, on the validation images.
+
+    Args:
+        rates: learning rates to try.
+        strengths: of the adapter after training, to try.
+        score: that is to be low.
+        kept: score that a choice may not lose much of.
+        most_lost: how much of it, on the mean over policies.
+    """
+
+    rates: list[float]
+    strengths: list[float]
+    score: str
+    kept: str
+    most_lost: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score, and how to read it.
+
+    Args:
+        key: of the score.
+        title: for tables.
+        higher_is_better: None where neither is.
+        digits: behind the point.
+    """
+
+    key: str
+    title: str
+    higher_is_better: bool | None = True
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that the numbers have to bear out, in every world.
+
+    Args:
+        text: the sentence.
+        method: whose scores.
+        against: another method, or ``base``.
+        measure: key of the score.
+        at_most_lost: the claim is that at most so much is lost; None: that the method is better.
+    """
+
+    text: str
+    method: str
+    against: str
+    measure: str
+    at_most_lost: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The whole experiment.
+
+    Args:
+        seeds: of fresh policies that results are about.
+        development: seeds of policies that hyper-parameters are chosen on.
+        world: policies, pairs and measurements.
+        training: what is the same for all methods.
+        choosing: of hyper-parameters.
+        methods: by name.
+        ablated: name of the method that ablations change.
+        ablations: by name.
+        ablation_seeds: how many of ``seeds`` ablations take.
+        ablation_worlds: names of the worlds that they are run in.
+        dial: strengths of the ablated method's adapter that are measured, after training.
+        measures: for tables.
+        pictured: keys of the measures in pictures and in tables of ablations, the most important first.
+        claims: what the page's first paragraph says about.
+        questions_at_once: questions per call of the model's ``generate``.
+    """
+
+    seeds: list[int]
+    development: list[int]
+    world: World
+    training: Training
+    choosing: Choosing
+    methods: dict[str, Method]
+    ablated: str
+    ablations: dict[str, Ablation]
+    ablation_seeds: int
+    ablation_worlds: list[str]
+    dial: list[float]
+    measures: list[Measure]
+    pictured: list[str]
+    claims: list[Claim]
+    questions_at_once: int = 256
+
+    def __post_init__(self) -> None:
+        if both := set(self.seeds) & set(self.development):
+            raise ValueError(f"Expected other seeds in `development` than in `seeds`, got {sorted(both)} in both.")
+        if self.ablations and self.ablated not in self.methods:
+            raise ValueError(f"Expected `ablated` to be one of {sorted(self.methods)}, got {self.ablated!r}.")
+        if unknown := set(self.ablation_worlds) - set(self.world.names):
+            raise ValueError(f"Expected `ablation_worlds` among {list(self.world.names)}, got {sorted(unknown)}.")
+        if not 0 <= self.ablation_seeds <= len(self.seeds):
+            raise ValueError(f"Expected `ablation_seeds` from 0 to {len(self.seeds)}, got {self.ablation_seeds}.")
+
+
+def read_experiment(recipe: str | Path, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment that a recipe describes.
+
+    Args:
+        recipe: YAML file.
+        changes: further arguments in the form of the command line, for example ``--steps=10``.
+    """
+    parser, found = _parse(recipe, changes)
+    experiment: Experiment = parser.instantiate(found).experiment
+    return experiment
+
+
+def describe(recipe: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """An experiment in plain values, as the recipe says it and with all defaults.
+
+    Args:
+        recipe: YAML file.
+        changes: further arguments.
+    """
+    _, found = _parse(recipe, changes)
+    described: dict[str, Any] = found.experiment.as_dict()
+    return described
+
+
+def _parse(recipe: str | Path, changes: Sequence[str]) -> tuple[ArgumentParser, Any]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", action="config")
+    parser.add_class_arguments(Experiment, "experiment")
+    return parser, parser.parse_args([f"--recipe={recipe}", *changes])
+
+
+def digest(settings: Any) -> str:
+    """A short name of plain values or dataclasses, equal for equal ones.
+
+    Args:
+        settings: what JSON can hold, or a dataclass of it.
+    """
+    plain = settings if isinstance(settings, dict | list | str | int | float) else asdict(settings)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

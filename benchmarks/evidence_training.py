@@ -1,0 +1,292 @@
+"""Training one method of benchmarks/evidence.py, and measuring what came of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.evidence_settings import Method, Negative, Training
+from realign_lightning.backbones import Backbone, LoRA
+from realign_lightning.data import CroppedNegative, ShardDataset
+from realign_lightning.data.transform import sample_random
+from realign_lightning.demos import DigitBackbone
+from realign_lightning.evaluation.base import Benchmark
+from realign_lightning.evaluation.images import load_image
+from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
+from realign_lightning.modules import RDPOModule
+from realign_lightning.types import EncodedSample, LogProbs, PreferenceBatch, PreferenceSample, ViewName
+
+MARGIN = "truth: log-prob margin"
+"""Log-prob of the chosen response beside the original image, less that beside the retrieved one, in nats."""
+
+
+class EncodedPairs(pl.LightningDataModule):
+    """Pairs that were encoded once, for all methods that are trained on them.
+
+    Args:
+        samples: encoded, in order.
+        backbone: collates.
+        batch_size: pairs per step.
+        seed: of the order.
+    """
+
+    def __init__(self, samples: Sequence[EncodedSample], backbone: Backbone, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.samples = samples
+        self.backbone = backbone
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def train_dataloader(self) -> DataLoader[EncodedSample]:
+        """Every pair once per epoch, in an order that depends on the seed and the number of pairs alone."""
+        return DataLoader(
+            self.samples,  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=True,
+            collate_fn=self.backbone.collate,
+            generator=torch.Generator().manual_seed(self.seed),
+            drop_last=len(self.samples) >= self.batch_size,
+        )
+
+
+def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) -> list[EncodedSample]:
+    """The pairs of a folder, with the negative image that a method wants.
+
+    Args:
+        folder: of shards.
+        backbone: encodes.
+        negative: see :data:`~benchmarks.evidence_settings.Negative`.
+        seed: of what is drawn.
+    """
+    dataset = ShardDataset(str(folder), backbone)
+    samples = [dataset.decode(row) for row in range(len(dataset))]
+    if negative == "random":
+        samples = _with_random_negatives(samples, seed)
+    if negative == "crop":
+        crop = CroppedNegative()
+        samples = [crop(sample, sample_random(seed, 0, sample.key)) for sample in samples]
+    return [
+        replace(backbone.encode_sample(sample), fingerprint=f"{dataset.fingerprint(row)}:{negative}:{seed}")
+        for row, sample in enumerate(samples)
+    ]
+
+
+def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:
+    """The same texts, with the image of any pair that is about another image."""
+    generator = random.Random(seed)
+    images = [sample.image.tobytes() for sample in samples]
+
+    def another(row: int) -> int:
+        while images[other := generator.randrange(len(samples))] == images[row]:
+            pass
+        return other
+
+    return [replace(sample, retrieved=samples[another(row)].image) for row, sample in enumerate(samples)]
+
+
+class ReleasedBackbone(DigitBackbone):
+    """Reads log-probs as the authors' released code does: those of the best token that is NOT the label.
+
+    Only where :meth:`released` says so. Every token of the vocabulary is scored for it, which is for small ones.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    _replaced: Tensor | None = None
+
+    @contextmanager
+    def released(self, replaced: Tensor) -> Iterator[None]:
+        """Read these log-probs that way inside the block.
+
+        Args:
+            replaced: (N,) bool.
+        """
+        self._replaced = replaced
+        try:
+            yield
+        finally:
+            self._replaced = None
+
+    def token_log_probs(
+        self, model: Any, tokens: Any, features: Any, positions: Tensor, labels: Tensor, packing: Any = None
+    ) -> Tensor:
+        """See :meth:`Backbone.token_log_probs`."""
+        if self._replaced is None:
+            return super().token_log_probs(model, tokens, features, positions, labels, packing)
+        words = torch.arange(self._inner(model).config.get_text_config().vocab_size)
+        every = (
+            super()
+            .token_log_probs(
+                model, tokens, features, positions.repeat_interleave(len(words)), words.repeat(len(positions)), packing
+            )
+            .view(len(positions), -1)
+        )
+        best = every.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        return torch.where(self._replaced, best, every.gather(1, labels[:, None])[:, 0])
+
+
+class ReleasedRule(RDPOModule):
+    """Eq. 1 with the log-probs of the authors' released code (github.com/taco-group/Re-Align).
+
+    For the rejected response, and for the chosen one beside the retrieved image, it sums at every position the log-prob
+    of the best token that is not the label. Only for comparison.
+    """
+
+    backbone: ReleasedBackbone
+
+    def score(
+        self,
+        batch: PreferenceBatch,
+        views: Sequence[ViewName] = ("chosen", "rejected", "visual"),
+        with_reference: bool = True,
+        rows: Any = None,
+    ) -> tuple[LogProbs, LogProbs | None]:
+        """See :meth:`RDPOModule.score`."""
+        rows = self.make_rows(batch, views) if rows is None else rows
+        with self.backbone.released(rows.sums >= len(batch)):
+            return super().score(batch, views, with_reference, rows)
+
+
+def train(
+    method: Method,
+    backbone: Backbone,
+    samples: Sequence[EncodedSample],
+    training: Training,
+    rate: float,
+    seed: int,
+    work: Path,
+) -> RDPOModule:
+    """Train a method.
+
+    Args:
+        method: what.
+        backbone: from which policy.
+        samples: on which pairs.
+        training: for how long, and what is the same for all methods.
+        rate: learning rate.
+        seed: of the adapter's first weights and the order of the pairs.
+        work: folder of the reference's log-probs.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = make_module(method, backbone, training, rate, work)
+    module.configure_model()
+    kept = samples[: max(1, round(method.share * len(samples)))]
+    if module.reference_kind == "cached":
+        module.cache_reference(DataLoader(kept, 64, collate_fn=backbone.collate))  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        **training.trainer,
+        max_steps=round(training.steps * method.epochs),
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=work,
+    )
+    trainer.fit(module, datamodule=EncodedPairs(kept, backbone, training.batch_size, seed))
+    return module
+
+
+def make_module(method: Method, backbone: Backbone, training: Training, rate: float, work: Path) -> RDPOModule:
+    """The module that trains a method.
+
+    Args:
+        method: which.
+        backbone: from which policy.
+        training: what is the same for all methods.
+        rate: learning rate.
+        work: folder of the reference's log-probs.
+    """
+    loss: PreferenceLoss = SFTLoss() if method.rule == "sft" else RDPOLoss(**method.loss)
+    kind: type[RDPOModule] = RDPOModule
+    reference: Any = "auto" if method.rule == "sft" else "cached"
+    if method.rule == "released":
+        kind, reference = ReleasedRule, "adapter_off"
+        backbone = ReleasedBackbone(str(backbone.path))  # type: ignore[attr-defined]
+    return kind(
+        backbone,
+        loss,
+        LoRA(r=training.rank, alpha=2 * training.rank, dropout=0.0),
+        optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=0.0),
+        reference=reference,
+        reference_cache=str(work / "reference"),
+    )
+
+
+class Exam:
+    """A benchmark whose questions are encoded once, for all policies that are asked.
+
+    Args:
+        benchmark: all of whose questions show an image.
+        backbone: of the policies.
+        batch_size: questions per call of the model's ``generate``.
+    """
+
+    def __init__(self, benchmark: Benchmark, backbone: Backbone, batch_size: int) -> None:
+        self.benchmark = benchmark
+        self.backbone = backbone
+        questions = benchmark.questions()
+        # Questions of one length in one batch: less padding.
+        self._order = sorted(range(len(questions)), key=lambda row: len(str(questions[row].prompt)))
+        self._batches = []
+        for rows in _parts(self._order, batch_size):
+            asked = [questions[row] for row in rows]
+            images = [[] if question.image is None else [load_image(question.image)] for question in asked]
+            self._batches.append(backbone.encode_prompts([question.prompt for question in asked], images))
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """What the benchmark says of a model's greedy answers.
+
+        Args:
+            model: in eval mode.
+        """
+        length = self.benchmark.max_new_tokens
+        told = [text for batch in self._batches for text in self.backbone.generate(model, batch, max_new_tokens=length)]
+        answers = dict(zip(self._order, told, strict=True))
+        return self.benchmark.score([answers[row] for row in range(len(told))])
+
+
+def measure(module: RDPOModule, exams: Sequence[Exam], margins: Sequence[EncodedSample]) -> dict[str, float]:
+    """All scores of a policy, as it now is.
+
+    Args:
+        module: trained, or not.
+        exams: what is asked.
+        margins: pairs about images that nothing was trained on.
+    """
+    policy: Any = module.policy.eval()
+    scores: dict[str, float] = {}
+    with torch.inference_mode():
+        # Half the layers, and a step up and down that costs 1e-7.
+        policy.merge_adapter()
+        for exam in exams:
+            scores |= exam.scores(policy)
+        if margins:
+            scores[MARGIN] = _margin(module, margins)
+        policy.unmerge_adapter()
+    return scores
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _margin(module: RDPOModule, samples: Sequence[EncodedSample]) -> float:
+    total = 0.0
+    for part in _parts(samples, 64):
+        batch = module.backbone.collate(list(part))
+        found, _ = module.score(batch, ("chosen", "visual"), with_reference=False)
+        assert found.visual is not None  # noqa: S101 - it was asked for
+        total += float((found.chosen - found.visual).sum())
+    return total / len(samples)

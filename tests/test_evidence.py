@@ -1,0 +1,302 @@
+"""benchmarks/evidence.py: its statistics, choices and rules by hand, and the whole of it in small."""
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks.evidence_jobs import BASE, Choice, Job, Run, Store, choose
+from benchmarks.evidence_report import Raw, difference_table, judge
+from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
+from benchmarks.evidence_statistics import difference, estimate
+from benchmarks.evidence_training import ReleasedBackbone, make_module, read_pairs
+from benchmarks.evidence_worlds import OTHER, PRIOR, DigitPairSettings, DigitPrior, RankedRetriever
+from realign_lightning.demos import DigitBackbone, DigitScenes
+from realign_lightning.demos.scenes import absent, objects, partner
+from realign_lightning.types import PreferenceBatch
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes" / "evidence").glob("*.yaml"))
+DIGITS = ROOT / "recipes" / "evidence" / "digits.yaml"
+REDUCED = ROOT / "recipes" / "evidence" / "digits_reduced.yaml"
+MARGIN = "truth: log-prob margin"
+
+
+# ---- statistics
+
+
+def test_intervals_are_those_of_scipys_t_test():
+    values, others = [9.1, 8.4, 10.2, 7.7, 9.9], [9.8, 9.0, 10.1, 8.9, 10.4]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, half, policies = estimate(values)
+    assert (mean - half, mean + half, policies) == (pytest.approx(low), pytest.approx(high), 5)
+    low, high = stats.ttest_rel(values, others).confidence_interval(0.95)
+    found = difference(values, others)
+    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+    assert found.is_clear == (stats.ttest_rel(values, others).pvalue < 0.05)
+
+
+def test_one_policy_shows_nothing():
+    assert estimate([3.0]).half == math.inf
+    assert not difference([3.0], [100.0]).is_clear
+    assert estimate([3.0]).shown() == "3.0 ± ∞"
+
+
+# ---- choosing
+
+
+CHOOSING = Choosing([1e-3], [1.0], "CHAIRi", "skills", most_lost=0.5)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        # The lowest score, but for what loses too much.
+        ([(9.0, 0.1), (8.0, 0.5), (7.0, 0.6)], 8.0),
+        # Nothing keeps enough: what loses least, whatever its score.
+        ([(9.0, 2.0), (7.0, 3.0), (8.0, 1.5)], 8.0),
+    ],
+)
+def test_a_choice_is_the_lowest_score_that_keeps_enough(found, expected):
+    chosen = choose([Choice(1e-3, 1.0, 0, score, lost) for score, lost in found], CHOOSING)
+    assert chosen.score == expected
+    assert chosen.tried == len(found)
+
+
+# ---- claims and tables
+
+
+@pytest.fixture
+def experiment():
+    return read_experiment(REDUCED)
+
+
+def write_methods(path, scores):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "world", "method", "rate", "strength", "CHAIRi", "skills"])
+        for method, rows in scores.items():
+            for seed, values in enumerate(rows):
+                writer.writerow([seed, "" if method == BASE else "balanced", method, 1e-3, 1.0, *values])
+
+
+def judged(experiment, path, *claims):
+    measures = [Measure("CHAIRi", "CHAIRi", higher_is_better=False), Measure("skills", "skills")]
+    changed = replace(experiment, claims=list(claims), measures=measures, methods={"rdpo": experiment.methods["rdpo"]})
+    return changed, judge(changed, Raw(path))
+
+
+def test_claims_hold_when_the_interval_of_the_paired_difference_says_so(experiment, tmp_path):
+    """Differences of CHAIRi are -2, -1, -3: mean -2, half 2.48. Not shown; with a fourth of -2 it is: half 1.30."""
+    claim = Claim("fewer", "rdpo", BASE, "CHAIRi")
+    base, better = [(10, 90), (20, 90), (30, 90)], [(8, 90), (19, 90), (27, 90)]
+    write_methods(tmp_path / "three.csv", {BASE: base, "rdpo": better})
+    changed, (verdict,) = judged(experiment, tmp_path / "three.csv", claim)
+    assert not verdict.holds
+    assert verdict.line(changed.measures[0]) == "fewer, balanced world: CHAIRi -2.00 ± 2.48"
+    assert "-2.0 ± 2.5" in difference_table(changed, Raw(tmp_path / "three.csv"), "balanced", BASE)
+    assert "**" not in difference_table(changed, Raw(tmp_path / "three.csv"), "balanced", BASE)
+    write_methods(tmp_path / "four.csv", {BASE: [*base, (15, 90)], "rdpo": [*better, (13, 90)]})
+    changed, (verdict,) = judged(experiment, tmp_path / "four.csv", claim)
+    assert verdict.holds
+    assert verdict.line(changed.measures[0]) == "fewer, balanced world: CHAIRi -2.00 ± 1.30"
+    assert "**-2.0 ± 1.3**" in difference_table(changed, Raw(tmp_path / "four.csv"), "balanced", BASE)
+
+
+def test_a_claim_to_keep_allows_the_loss_that_it_names_and_no_more(experiment, tmp_path):
+    """Skills lose 0.2 to 0.4: mean 0.3, half 0.25. At most 0.5 is not shown, at most 0.6 is."""
+    base, rdpo = [(10, 90), (10, 91), (10, 92)], [(10, 89.8), (10, 90.7), (10, 91.6)]
+    write_methods(tmp_path / "raw.csv", {BASE: base, "rdpo": rdpo})
+    for most, holds in ((0.5, False), (0.6, True)):
+        _, (verdict,) = judged(experiment, tmp_path / "raw.csv", Claim("keeps", "rdpo", BASE, "skills", most))
+        assert verdict.holds is holds
+
+
+def test_scores_are_paired_by_seed_whatever_their_order(tmp_path):
+    with (tmp_path / "raw.csv").open("w") as file:
+        file.write("seed,world,method,rate,strength,CHAIRi\n2,w,a,0,1,20\n1,w,a,0,1,10\n1,w,b,0,1,11\n2,w,b,0,1,22\n")
+    raw = Raw(tmp_path / "raw.csv")
+    assert (raw.values("w", "a", "CHAIRi"), raw.values("w", "b", "CHAIRi")) == ([10, 20], [11, 22])
+    with pytest.raises(KeyError, match="no 'CHAIRi' of 'c' in 'w'"):
+        raw.values("w", "c", "CHAIRi")
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_introduces_itself(recipe):
+    experiment = read_experiment(recipe)
+    assert {claim.method for claim in experiment.claims} | {experiment.ablated} <= experiment.methods.keys()
+    assert set(experiment.pictured) <= {measure.key for measure in experiment.measures}
+    assert {claim.measure for claim in experiment.claims} <= {measure.key for measure in experiment.measures}
+    header = recipe.read_text().partition("\nexperiment:")[0]
+    assert "python -m benchmarks.evidence" in header
+    assert len(header.splitlines()) >= 6
+
+
+def test_the_experiment_has_what_was_promised():
+    experiment = read_experiment(DIGITS)
+    assert len(set(experiment.seeds)) >= 12
+    assert len(set(experiment.development)) >= 3
+    assert {"sft", "dpo", "mdpo", "rdpo_random", "rdpo", "rdpo_sft", "released"} <= experiment.methods.keys()
+    assert set(experiment.world.names) == {"skewed", "balanced"}
+    weights = set(experiment.ablations["visual_weight"].values)
+    assert {"0", "0.25", "0.5", "0.75", "1", "2"} <= weights
+
+
+def test_an_ablation_changes_one_setting_and_keeps_the_others():
+    method = Method("m", loss={"sft_weight": 5.0, "beta": 0.1}, pairs={"tau": 0.9})
+    values = {"own": {}, "0.5": {"loss": {"visual_weight": 0.5}}, "k": {"pairs": {"top_k": 1}}, "e": {"epochs": 2.0}}
+    made = Ablation("a", values).methods(method)
+    assert made["own"] == method
+    assert made["0.5"].loss == {"sft_weight": 5.0, "beta": 0.1, "visual_weight": 0.5}
+    assert made["k"].pairs == {"tau": 0.9, "top_k": 1}
+    assert (made["e"].epochs, made["e"].loss) == (2.0, method.loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "sft", "loss": {"beta": 1.0}}, "SFT has no arguments"),
+        ({"share": 0.0}, "Expected `share`"),
+        ({"epochs": 0.0}, "Expected `epochs`"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Method("m", **settings)
+
+
+def test_results_of_other_settings_are_never_taken_for_these(experiment, tmp_path):
+    store = Store(tmp_path, experiment)
+    job, run = Job(1, "balanced"), Run("a", Method("title"), 1e-3, (1.0,), "test")
+    other = [
+        store.result(replace(job, seed=2), run),
+        store.result(replace(job, world="skewed"), run),
+        store.result(replace(job, pairs={"tau": 0.9}), run),
+        store.result(job, replace(run, rate=2e-3)),
+        store.result(job, replace(run, strengths=(0.5,))),
+        store.result(job, replace(run, part="validation")),
+        store.result(job, replace(run, method=Method("title", loss={"beta": 0.2}))),
+        Store(tmp_path, replace(experiment, training=Training(31, 16, 8))).result(job, run),
+    ]
+    assert len({store.result(job, run), *other}) == len(other) + 1
+    assert store.result(job, replace(run, name="b", method=Method("renamed"))) == store.result(job, run)
+    described = describe(REDUCED)
+    store.claim(described)
+    store.claim(describe(REDUCED, ["--experiment.training.steps=31"]))
+    with pytest.raises(FileExistsError, match="another world"):
+        store.claim(describe(REDUCED, ["--experiment.world.init_args.scenes=151"]))
+
+
+# ---- worlds
+
+
+def test_mistakes_of_the_prior_are_told_from_others():
+    benchmark = DigitPrior(scenes=2)
+    first, second = (set(objects(scene)) for scene in benchmark.scenes)
+    expected = next(partner(digit) for digit in first if partner(digit) not in first)
+    other = next(digit for digit in absent(benchmark.scenes[1]) if partner(digit) not in second)
+    captions = [f"a red {expected} at top left .", f"a red {other} at top left , a red {min(second)} at top right ."]
+    scores = benchmark.score(captions)
+    assert (scores[PRIOR], scores[OTHER]) == (pytest.approx(100 / 3), pytest.approx(100 / 3))
+    assert scores["CHAIRi"] == pytest.approx(200 / 3)
+
+
+def test_adversarial_questions_ask_for_what_goes_with_what_is_there():
+    plain, asked = DigitScenes(200, skew=0.0, seed=3), DigitScenes(200, skew=0.0, seed=3, adversarial=1.0)
+    likely = 0
+    for one, other in zip(plain.read(), asked.read(), strict=True):
+        scene = asked.scene(other.key)
+        if "question" not in other.key or other.chosen != "no .":
+            assert one == other
+            continue
+        assert one.chosen == "no ."
+        digit = other.prompt.split()[3]
+        partners = {partner(word) for word in objects(scene)} - set(objects(scene))
+        assert digit in (partners or set(absent(scene)))
+        likely += digit in partners
+    assert likely > 60
+    with pytest.raises(ValueError, match="adversarial"):
+        DigitScenes(adversarial=1.5)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs of the shipped policy: as usual, and from the rank that the usual ones never reach."""
+    folder, backbone = tmp_path_factory.mktemp("pairs"), DigitBackbone()
+    from benchmarks.evidence_worlds import _build
+
+    for name, settings in (("near", DigitPairSettings()), ("far", DigitPairSettings(first_rank=10))):
+        _build(DigitScenes(40, seed=5), settings, backbone, 5, folder / name)
+    return folder
+
+
+def test_negatives_are_another_image_and_nothing_else_changes(pairs):
+    backbone = DigitBackbone()
+    own = read_pairs(pairs / "near", backbone, "retrieved", 0)
+    for negative in ("random", "crop"):
+        made = read_pairs(pairs / "near", backbone, negative, 0)
+        assert [sample.key for sample in made] == [sample.key for sample in own]
+        changed = 0
+        for sample, first in zip(made, own, strict=True):
+            for view in ("chosen", "rejected"):
+                assert torch.equal(getattr(sample, view).tokens["input_ids"], getattr(first, view).tokens["input_ids"])
+            assert torch.equal(sample.image["pixel_values"], first.image["pixel_values"])
+            assert not torch.equal(sample.retrieved["pixel_values"], sample.image["pixel_values"])
+            changed += not torch.equal(sample.retrieved["pixel_values"], first.retrieved["pixel_values"])
+        assert changed > 0.8 * len(own)
+        assert not {sample.fingerprint for sample in made} & {sample.fingerprint for sample in own}
+
+
+def test_later_ranks_are_images_that_resemble_less(pairs):
+    """By the very embeddings that were searched: no image of the first ten ranks is tried."""
+    assert RankedRetriever(10, 5).identity != RankedRetriever(15, 0).identity
+    backbone = DigitBackbone()
+    model = backbone.load_model()
+    from realign_lightning.data import ShardDataset
+
+    likeness = {}
+    for name in ("near", "far"):
+        dataset = ShardDataset(str(pairs / name), backbone)
+        samples = [dataset.decode(row) for row in range(len(dataset))]
+        images = backbone.embed_images(model, [sample.image for sample in samples])
+        others = backbone.embed_images(model, [sample.retrieved for sample in samples])
+        likeness[name] = dict(zip([sample.key for sample in samples], (images * others).sum(1).tolist(), strict=True))
+    both = likeness["near"].keys() & likeness["far"].keys()
+    assert len(both) > 30
+    assert np.mean([likeness["near"][key] > likeness["far"][key] for key in both]) > 0.95
+
+
+# ---- the released rule
+
+
+def test_the_released_rule_reads_the_best_token_that_is_not_the_label(pairs, tmp_path):
+    """Against logits of the model itself, view by view and token by token."""
+    backbone = DigitBackbone()
+    module = make_module(Method("r", rule="released"), backbone, Training(1, 4, 4), 1e-3, tmp_path)
+    assert isinstance(module.backbone, ReleasedBackbone)
+    module.configure_model()
+    batch: PreferenceBatch = backbone.collate(read_pairs(pairs / "near", backbone, "retrieved", 0)[:4])
+    policy, reference = module.score(batch)
+    model = backbone.load_model()
+    for view, images in (("chosen", batch.images), ("rejected", batch.images), ("visual", batch.retrieved)):
+        rows = getattr(batch, view)
+        with torch.no_grad():
+            logits = model(**rows.tokens, pixel_values=images["pixel_values"]).logits.log_softmax(-1)
+        for row in range(4):
+            total = 0.0
+            for place in rows.response_mask[row].nonzero()[:, 0].tolist():
+                ranked = logits[row, place - 1].clone()
+                label = rows.tokens["input_ids"][row, place]
+                if view != "chosen":
+                    ranked[label] = -torch.inf
+                total += float(ranked[label] if view == "chosen" else ranked.max())
+            assert float(getattr(policy, view)[row].detach()) == pytest.approx(total, abs=1e-3)
+            assert float(getattr(reference, view)[row]) == pytest.approx(total, abs=1e-3)
