@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+
+_TURNED: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+"""What the adapters of models are set to: what they were trained as cannot be read from the models then."""
 
 _SECOND = (".lora_B.", ".lora_embedding_B.")
 """In the names of LoRA's second matrices."""
@@ -28,8 +32,8 @@ class AdapterStrength:
 
     Raises:
         TypeError: for a model without adapter, and for adapters of another kind than LoRA.
-        ValueError: for DoRA, whose update is not proportional to any number, for trained biases, and where several
-            adapters are active or one is merged into the weights.
+        ValueError: for DoRA, whose update is not proportional to any number, for trained biases, where several adapters
+            are active or one is merged into the weights, and for a model that another one has turned up or down.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +53,11 @@ class AdapterStrength:
             raise ValueError("A DoRA adapter changes the length of weights, too: no part of it is a smaller adapter.")
         if config.bias != "none":
             raise ValueError(f"Expected an adapter without trained biases, got bias={config.bias!r}.")
+        if (turned := _TURNED.get(model, 1.0)) != 1:
+            raise ValueError(
+                f"Another AdapterStrength has set this model to {turned}, which would be taken for the trained one: go "
+                "on with that one, or let it set 1 first."
+            )
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError("The adapter is merged into the weights: load it without merging.")
@@ -75,6 +84,7 @@ class AdapterStrength:
             # At 1 the trained weights, to the last bit.
             weight.copy_(trained if strength == 1 else first + strength * (trained - first))
         self.value = strength
+        _TURNED[self.model] = strength
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter as it now counts, for plain peft: loaded, it is the model at this strength.

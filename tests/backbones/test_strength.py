@@ -81,6 +81,16 @@ def test_strengths_differ_and_those_at_the_ends_are_exact(model, logits_of):
     assert torch.equal(logits_of(model), whole)
 
 
+def test_a_turned_adapter_is_not_taken_for_a_trained_one(model, logits_of):
+    first, whole = AdapterStrength(model), logits_of(model)
+    first.set(0.5)
+    with pytest.raises(ValueError, match=r"has set this model to 0\.5"):
+        AdapterStrength(model)
+    first.set(1.0)
+    AdapterStrength(model).set(1.0)
+    assert torch.equal(logits_of(model), whole)
+
+
 def test_what_is_written_is_the_model_at_that_strength(backbone, model, logits_of, tmp_path):
     strength = AdapterStrength(model)
     strength.set(0.6)
