@@ -20,6 +20,10 @@ Negative = Literal["retrieved", "random", "crop"]
 """The image of the visual preference: the retrieved one, that of another pair, or mDPO's crop of the image itself."""
 
 
+Words = Literal["all", "claims"]
+"""Which tokens of a response count."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way of training.
@@ -32,6 +36,7 @@ class Method:
         pairs: arguments of the world's pairs that differ from its own, for example ``{"tau": 0.85}``.
         epochs: how often the experiment's number of steps is made.
         share: of the pairs that is used; the steps stay as many.
+        words: whose log-probs count: of whole responses, or of what they claim (digits) where they claim anything.
     """
 
     title: str
@@ -41,6 +46,7 @@ class Method:
     pairs: dict[str, Any] = field(default_factory=dict)
     epochs: float = 1.0
     share: float = 1.0
+    words: Words = "all"
 
     def __post_init__(self) -> None:
         if self.rule == "sft" and self.loss:

@@ -59,6 +59,23 @@ class EncodedPairs(pl.LightningDataModule):
         )
 
 
+def only_claims(sample: EncodedSample, claims: Tensor) -> EncodedSample:
+    """A sample of whose responses only claimed words count; a response without any stays as it is.
+
+    Args:
+        sample: encoded.
+        claims: ids of the tokens of claims.
+    """
+    masks = {}
+    for name in ("chosen", "rejected", "visual"):
+        view = getattr(sample, name)
+        masks[name] = view.response_mask & torch.isin(view.tokens["input_ids"], claims)
+    if not all(bool(mask.any()) for mask in masks.values()):
+        return sample
+    views = {name: replace(getattr(sample, name), response_mask=mask) for name, mask in masks.items()}
+    return replace(sample, **views)
+
+
 def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) -> list[EncodedSample]:
     """The pairs of a folder, with the negative image that a method wants.
 
