@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,11 +23,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.evidence_settings import Choosing, Experiment, Method, digest
-from benchmarks.evidence_training import Exam, only_claims, make_module, measure, read_pairs, train
+from benchmarks.evidence_training import Exam, device_of, make_module, measure, read_pairs, train
 from benchmarks.evidence_worlds import Part
 from realign_lightning.backbones import AdapterStrength, Backbone
 from realign_lightning.backbones.files import write_json
-from realign_lightning.demos.scenes import DIGITS
 from realign_lightning.types import EncodedSample
 
 BASE = "base"
@@ -173,6 +172,7 @@ class Bench:
             untrained = Method("base", rule="sft")
             module = make_module(untrained, desk.backbone, self.experiment.training, 0.0, desk.work)
             module.configure_model()
+            module.to(device_of(self.experiment.training))
         else:
             samples = desk.samples(run.method)
             seconds["pairs"] = time.perf_counter() - start
@@ -212,17 +212,14 @@ class _Desk:
     def samples(self, method: Method) -> list[EncodedSample]:
         if method.negative not in self._samples:
             self._samples[method.negative] = read_pairs(self._folder, self.backbone, method.negative, self._job.seed)
-        samples = self._samples[method.negative]
-        if method.words == "claims":
-            claims = torch.tensor([self.backbone.response_tokenizer("?")([digit])[0][0] for digit in DIGITS])
-            return [replace(only_claims(sample, claims), fingerprint=f"{sample.fingerprint}:claims") for sample in samples]
-        return samples
+        return self._samples[method.negative]
 
     def exams(self, part: Part) -> list[Exam]:
         if part not in self._exams:
             experiment = self._store.experiment
             asked = experiment.world.benchmarks(self._job.seed, part)
-            self._exams[part] = [Exam(one, self.backbone, experiment.questions_at_once) for one in asked]
+            size, keep = experiment.questions_at_once, experiment.keep_questions
+            self._exams[part] = [Exam(one, self.backbone, size, keep) for one in asked]
         return self._exams[part]
 
     def margins(self, part: Part) -> list[EncodedSample]:

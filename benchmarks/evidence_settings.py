@@ -20,10 +20,6 @@ Negative = Literal["retrieved", "random", "crop"]
 """The image of the visual preference: the retrieved one, that of another pair, or mDPO's crop of the image itself."""
 
 
-Words = Literal["all", "claims"]
-"""Which tokens of a response count."""
-
-
 @dataclass(frozen=True)
 class Method:
     """One way of training.
@@ -36,7 +32,6 @@ class Method:
         pairs: arguments of the world's pairs that differ from its own, for example ``{"tau": 0.85}``.
         epochs: how often the experiment's number of steps is made.
         share: of the pairs that is used; the steps stay as many.
-        words: whose log-probs count: of whole responses, or of what they claim (digits) where they claim anything.
     """
 
     title: str
@@ -46,7 +41,6 @@ class Method:
     pairs: dict[str, Any] = field(default_factory=dict)
     epochs: float = 1.0
     share: float = 1.0
-    words: Words = "all"
 
     def __post_init__(self) -> None:
         if self.rule == "sft" and self.loss:
@@ -180,6 +174,7 @@ class Experiment:
         pictured: keys of the measures in pictures and in tables of ablations, the most important first.
         claims: what the page's first paragraph says about.
         questions_at_once: questions per call of the model's ``generate``.
+        keep_questions: keep encoded questions in memory; for small images.
     """
 
     seeds: list[int]
@@ -197,6 +192,7 @@ class Experiment:
     pictured: list[str]
     claims: list[Claim]
     questions_at_once: int = 256
+    keep_questions: bool = True
 
     def __post_init__(self) -> None:
         if both := set(self.seeds) & set(self.development):

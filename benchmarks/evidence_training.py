@@ -59,23 +59,6 @@ class EncodedPairs(pl.LightningDataModule):
         )
 
 
-def only_claims(sample: EncodedSample, claims: Tensor) -> EncodedSample:
-    """A sample of whose responses only claimed words count; a response without any stays as it is.
-
-    Args:
-        sample: encoded.
-        claims: ids of the tokens of claims.
-    """
-    masks = {}
-    for name in ("chosen", "rejected", "visual"):
-        view = getattr(sample, name)
-        masks[name] = view.response_mask & torch.isin(view.tokens["input_ids"], claims)
-    if not all(bool(mask.any()) for mask in masks.values()):
-        return sample
-    views = {name: replace(getattr(sample, name), response_mask=mask) for name, mask in masks.items()}
-    return replace(sample, **views)
-
-
 def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) -> list[EncodedSample]:
     """The pairs of a folder, with the negative image that a method wants.
 
@@ -198,6 +181,7 @@ def train(
     pl.seed_everything(seed, verbose=False)
     module = make_module(method, backbone, training, rate, work)
     module.configure_model()
+    module.to(device_of(training))
     kept = samples[: max(1, round(method.share * len(samples)))]
     if module.reference_kind == "cached":
         module.cache_reference(DataLoader(kept, 64, collate_fn=backbone.collate))  # type: ignore[arg-type]
@@ -212,7 +196,19 @@ def train(
         default_root_dir=work,
     )
     trainer.fit(module, datamodule=EncodedPairs(kept, backbone, training.batch_size, seed))
-    return module
+    # The Trainer leaves it on the CPU.
+    return module.to(device_of(training))
+
+
+def device_of(training: Training) -> torch.device:
+    """Where models are.
+
+    Args:
+        training: names the accelerator.
+    """
+    wanted = training.trainer.get("accelerator", "auto")
+    is_gpu = wanted in ("gpu", "cuda") or (wanted == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if is_gpu else "cpu")
 
 
 def make_module(method: Method, backbone: Backbone, training: Training, rate: float, work: Path) -> RDPOModule:
@@ -245,22 +241,25 @@ class Exam:
     """A benchmark whose questions are encoded once, for all policies that are asked.
 
     Args:
-        benchmark: all of whose questions show an image.
+        benchmark: asks.
         backbone: of the policies.
         batch_size: questions per call of the model's ``generate``.
+        keep: keep encoded questions in memory; for small images.
     """
 
-    def __init__(self, benchmark: Benchmark, backbone: Backbone, batch_size: int) -> None:
+    def __init__(self, benchmark: Benchmark, backbone: Backbone, batch_size: int, keep: bool) -> None:
         self.benchmark = benchmark
         self.backbone = backbone
-        questions = benchmark.questions()
+        self._questions = benchmark.questions()
         # Questions of one length in one batch: less padding.
-        self._order = sorted(range(len(questions)), key=lambda row: len(str(questions[row].prompt)))
-        self._batches = []
-        for rows in _parts(self._order, batch_size):
-            asked = [questions[row] for row in rows]
-            images = [[] if question.image is None else [load_image(question.image)] for question in asked]
-            self._batches.append(backbone.encode_prompts([question.prompt for question in asked], images))
+        self._order = sorted(range(len(self._questions)), key=lambda row: len(str(self._questions[row].prompt)))
+        self._parts = _parts(self._order, batch_size)
+        self._kept = [self._encode(rows) for rows in self._parts] if keep else None
+
+    def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        asked = [self._questions[row] for row in rows]
+        images = [[] if question.image is None else [load_image(question.image)] for question in asked]
+        return self.backbone.encode_prompts([question.prompt for question in asked], images)
 
     def scores(self, model: nn.Module) -> dict[str, float]:
         """What the benchmark says of a model's greedy answers.
@@ -269,7 +268,8 @@ class Exam:
             model: in eval mode.
         """
         length = self.benchmark.max_new_tokens
-        told = [text for batch in self._batches for text in self.backbone.generate(model, batch, max_new_tokens=length)]
+        batches = map(self._encode, self._parts) if self._kept is None else self._kept
+        told = [text for batch in batches for text in self.backbone.generate(model, batch, max_new_tokens=length)]
         answers = dict(zip(self._order, told, strict=True))
         return self.benchmark.score([answers[row] for row in range(len(told))])
 
@@ -285,13 +285,16 @@ def measure(module: RDPOModule, exams: Sequence[Exam], margins: Sequence[Encoded
     policy: Any = module.policy.eval()
     scores: dict[str, float] = {}
     with torch.inference_mode():
-        # Half the layers, and a step up and down that costs 1e-7.
-        policy.merge_adapter()
+        # Half the layers to run; in 16 bit the sums would be rounded.
+        merges = all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        if merges:
+            policy.merge_adapter()
         for exam in exams:
             scores |= exam.scores(policy)
         if margins:
             scores[MARGIN] = _margin(module, margins)
-        policy.unmerge_adapter()
+        if merges:
+            policy.unmerge_adapter()
     return scores
 
 
@@ -302,7 +305,7 @@ def _parts(items: Sequence[Any], size: int) -> list[Any]:
 def _margin(module: RDPOModule, samples: Sequence[EncodedSample]) -> float:
     total = 0.0
     for part in _parts(samples, 64):
-        batch = module.backbone.collate(list(part))
+        batch = module.transfer_batch_to_device(module.backbone.collate(list(part)), module.device, 0)
         found, _ = module.score(batch, ("chosen", "visual"), with_reference=False)
         assert found.visual is not None  # noqa: S101 - it was asked for
         total += float((found.chosen - found.visual).sum())

@@ -249,7 +249,7 @@ class Digits(World):
         settings = replace(DigitPairSettings(), **{**changes, "kinds": tuple(changes.get("kinds", ("object",)))})
         scenes = self.scenes if settings.scenes is None else settings.scenes
         source = DigitScenes(scenes, "train", self.skews[name], seed, settings.adversarial)
-        return _build(source, settings, backbone, seed, folder)
+        return build_pairs(source, settings, backbone, seed, folder)
 
     def margin_pairs(self, backbone: Backbone, seed: int, part: Part, folder: Path) -> Path | None:
         """Pairs of a balanced world of unseen handwriting."""
@@ -257,7 +257,7 @@ class Digits(World):
         if not scenes:
             return None
         source = DigitScenes(scenes, "validation" if part == "validation" else "test", 0.0, seed)
-        return _build(source, DigitPairSettings(), backbone, seed, folder)
+        return build_pairs(source, DigitPairSettings(), backbone, seed, folder)
 
     def benchmarks(self, seed: int, part: Part) -> Sequence[Benchmark]:
         """Captions, questions and skills on a balanced world of unseen handwriting; every seed sees other scenes."""
@@ -270,7 +270,22 @@ class Digits(World):
         )
 
 
-def _build(source: DigitScenes, settings: DigitPairSettings, backbone: Backbone, seed: int, folder: Path) -> Path:
+def build_pairs(source: DigitScenes, settings: DigitPairSettings, backbone: Backbone, seed: int, folder: Path) -> Path:
+    """Build pairs of digit scenes, unless they are there; ``{folder}.json`` says how many there are.
+
+    Args:
+        source: of the scenes.
+        settings: how.
+        backbone: the policy.
+        seed: of masks and sampling.
+        folder: for the shards.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if no pair came out.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two jobs of a policy may want the same pairs.
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:

@@ -8,7 +8,7 @@ and the vocabulary head sees response positions only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from realign_lightning.backbones.base import Backbone, ImageFeatures, ImageTokenError
 from realign_lightning.backbones.packing import Packing, Tree
-from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, ResponseLengths, View, ViewName
+from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, ResponseLengths, View, ViewName, VisualWords
 
 SharePrefix = Literal["auto"] | bool
 """Whether chosen and rejected share a row from image and prompt on: True, False, or ``auto`` where the model can."""
@@ -87,6 +87,7 @@ def make_rows(
     batch: PreferenceBatch,
     views: Sequence[ViewName] = VIEWS,
     share_prefix: SharePrefix = "auto",
+    visual_words: VisualWords = "all",
 ) -> Rows:
     """Lay out the rows of a batch; policy and reference can share them.
 
@@ -96,11 +97,22 @@ def make_rows(
         batch: B samples.
         views: the views that will be scored.
         share_prefix: see :data:`SharePrefix`. Rows that are not shared are padded to the longest.
+        visual_words: with ``masked`` the log-prob of the visual view is that of the masked words beside the retrieved
+            image and of all others beside the image itself, so that only the masked ones differ from the chosen view.
 
     Raises:
-        ValueError: for ``share_prefix=True`` where the model cannot, if ``chosen`` is missing, or if rows would change
-            each other's log-probs (:meth:`Backbone.check_length`).
+        ValueError: for ``share_prefix=True`` where the model cannot, if ``chosen`` is missing, if rows would change
+            each other's log-probs (:meth:`Backbone.check_length`), or if it is not known what was masked.
     """
+    rows = _lay_out(backbone, model, batch, views, share_prefix)
+    if visual_words == "all" or "visual" not in views:
+        return rows
+    return _compare_masked(rows, batch, 2 if "rejected" in views else 1)
+
+
+def _lay_out(
+    backbone: Backbone, model: nn.Module, batch: PreferenceBatch, views: Sequence[ViewName], share_prefix: SharePrefix
+) -> Rows:
     views = _in_order(views)
     rows = [getattr(batch, view) for view in views]
     longest = max(int(row.tokens["attention_mask"].sum(dim=1).max()) for row in rows)
@@ -186,6 +198,42 @@ def _padded_rows(views: Sequence[View], first_images: Sequence[int], pad_token_i
         labels=tokens["input_ids"].flatten()[places],
         sums=places // length,
     )
+
+
+def _compare_masked(rows: Rows, batch: PreferenceBatch, visual: int) -> Rows:
+    """Let the visual view, number ``visual``, read only masked words beside the retrieved image."""
+    size = len(batch)
+    unknown = [key for key, mask in zip(batch.keys, batch.masked or (None,) * size, strict=True) if mask is None]
+    if unknown:
+        raise ValueError(
+            f"visual_words='masked' compares what was masked when a pair was built, and {len(unknown)} of {size} "
+            f"samples of a batch do not say what that was (first: {unknown[0]!r}). Build pairs with `realign-lightning "
+            "build`, or set visual_words='all'."
+        )
+    masks = [mask for mask in batch.masked if mask is not None]
+    lengths = torch.tensor([len(mask) for mask in masks], device=rows.sums.device)
+    starts = lengths.cumsum(0) - lengths
+    read_twice = (rows.sums < size) | (rows.sums >= visual * size)
+    places = starts[rows.sums % size] + _places_within(rows.sums)
+    is_masked = torch.cat(masks)[places.where(read_twice, 0)]
+    kept = (rows.sums < visual * size) | is_masked
+    again = (rows.sums < size) & ~is_masked
+    return replace(
+        rows,
+        positions=torch.cat([rows.positions[kept], rows.positions[again]]),
+        labels=torch.cat([rows.labels[kept], rows.labels[again]]),
+        sums=torch.cat([rows.sums[kept], rows.sums[again] + visual * size]),
+    )
+
+
+def _places_within(groups: Tensor) -> Tensor:
+    """How many of a group's members stand before each: (N,) group numbers to (N,) places."""
+    order = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups)
+    first = (counts.cumsum(0) - counts)[groups[order]]
+    places = torch.empty_like(groups)
+    places[order] = torch.arange(len(groups), device=groups.device) - first
+    return places
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,25 @@ class SampleError(ValueError):
     """One sample cannot be used; its message says why. Readers skip the sample, count it and name it in the logs."""
 
 
+VisualWords = Literal["all", "masked"]
+"""Which words of the chosen response the visual preference compares: all of them, or those that were masked when the
+pair was built, which are what it claims about the image."""
+
+
+class MaskedSpan(NamedTuple):
+    """A piece of a chosen response that was masked.
+
+    Args:
+        start: index of its first character.
+        end: index behind its last one.
+        kind: what it claims, for example ``object``.
+    """
+
+    start: int
+    end: int
+    kind: str
+
+
 @dataclass(frozen=True)
 class PreferenceSample:
     """One dual-preference sample, decoded and not yet encoded for any model.
@@ -65,6 +84,24 @@ class PreferenceSample:
     rejected: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     context: Sequence[Image.Image] = ()
+
+    def masked_spans(self) -> list[MaskedSpan]:
+        """What was masked in the chosen response, as ``provenance`` says; empty when unknown.
+
+        Raises:
+            ValueError: if it says something else than spans of this response.
+        """
+        values = self.provenance.get("spans", [])
+        if not isinstance(values, list) or not all(_is_span(value, len(self.chosen)) for value in values):
+            raise ValueError("expected spans to be a list of {start, end, kind} within the chosen answer")
+        return [MaskedSpan(value["start"], value["end"], value["kind"]) for value in values]
+
+
+def _is_span(value: Any, length: int) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    start, end = value.get("start"), value.get("end")
+    return type(start) is int and type(end) is int and 0 <= start < end <= length
 
 
 @dataclass(frozen=True)
@@ -97,6 +134,8 @@ class EncodedSample:
         skipped: samples that were passed over on the way to this one.
         fingerprint: identifies the content (images, prompt, responses), whatever the key; ``reference: cached`` finds
             log-probs by it. Empty when unknown.
+        masked: (R,) bool over the tokens of the chosen response that were not cut: those of words that were masked when
+            the pair was built; None when unknown.
     """
 
     key: str
@@ -108,6 +147,7 @@ class EncodedSample:
     weight: float = 1.0
     skipped: tuple[SkippedSample, ...] = ()
     fingerprint: str = ""
+    masked: Tensor | None = None
 
 
 class SkippedSample(NamedTuple):
@@ -161,6 +201,7 @@ class PreferenceBatch:
         truncated: keys of the samples of this batch with a response that did not fit and was cut at its end.
         skipped: samples that were passed over while this batch was read.
         fingerprints: of the B samples, see :class:`EncodedSample`; may be left out where nothing is cached.
+        masked: of the B samples, see :class:`EncodedSample`; may be left out where all words count.
     """
 
     chosen: View
@@ -173,6 +214,7 @@ class PreferenceBatch:
     truncated: tuple[str, ...] = ()
     skipped: tuple[SkippedSample, ...] = ()
     fingerprints: tuple[str, ...] = ()
+    masked: tuple[Tensor | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -187,6 +229,7 @@ class PreferenceBatch:
             images={name: function(value) for name, value in self.images.items()},
             retrieved={name: function(value) for name, value in self.retrieved.items()},
             weights=function(self.weights),
+            masked=tuple(None if one is None else function(one) for one in self.masked),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> PreferenceBatch:

@@ -1,24 +1,42 @@
 """benchmarks/evidence.py: its statistics, choices and rules by hand, and the whole of it in small."""
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 
-from benchmarks.evidence_jobs import BASE, Choice, Job, Run, Store, choose
-from benchmarks.evidence_report import Raw, difference_table, judge
+from benchmarks.evidence import run_all
+from benchmarks.evidence_jobs import BASE, Choice, Job, Plan, Run, Store, choose
+from benchmarks.evidence_page import write_page
+from benchmarks.evidence_report import Raw, difference_table, judge, write_raw
 from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
 from benchmarks.evidence_statistics import difference, estimate
 from benchmarks.evidence_training import ReleasedBackbone, make_module, read_pairs
-from benchmarks.evidence_worlds import OTHER, PRIOR, DigitPairSettings, DigitPrior, RankedRetriever
+from benchmarks.evidence_worlds import (
+    OTHER,
+    PRIOR,
+    DigitPairSettings,
+    DigitPrior,
+    Prepared,
+    RankedRetriever,
+    build_pairs,
+)
+from realign_lightning.data import ShardDataset, ShardWriter
 from realign_lightning.demos import DigitBackbone, DigitScenes
 from realign_lightning.demos.scenes import absent, objects, partner
 from realign_lightning.types import PreferenceBatch
+from tests.conftest import preference_samples
+from tests.evaluation.official import write_coco, write_pope
+from tests.processes import alone
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "evidence").glob("*.yaml"))
@@ -231,10 +249,9 @@ def test_adversarial_questions_ask_for_what_goes_with_what_is_there():
 def pairs(tmp_path_factory):
     """Pairs of the shipped policy: as usual, and from the rank that the usual ones never reach."""
     folder, backbone = tmp_path_factory.mktemp("pairs"), DigitBackbone()
-    from benchmarks.evidence_worlds import _build
 
     for name, settings in (("near", DigitPairSettings()), ("far", DigitPairSettings(first_rank=10))):
-        _build(DigitScenes(40, seed=5), settings, backbone, 5, folder / name)
+        build_pairs(DigitScenes(40, seed=5), settings, backbone, 5, folder / name)
     return folder
 
 
@@ -260,8 +277,6 @@ def test_later_ranks_are_images_that_resemble_less(pairs):
     assert RankedRetriever(10, 5).identity != RankedRetriever(15, 0).identity
     backbone = DigitBackbone()
     model = backbone.load_model()
-    from realign_lightning.data import ShardDataset
-
     likeness = {}
     for name in ("near", "far"):
         dataset = ShardDataset(str(pairs / name), backbone)
@@ -300,3 +315,131 @@ def test_the_released_rule_reads_the_best_token_that_is_not_the_label(pairs, tmp
                 total += float(ranked[label] if view == "chosen" else ranked.max())
             assert float(getattr(policy, view)[row].detach()) == pytest.approx(total, abs=1e-3)
             assert float(getattr(reference, view)[row]) == pytest.approx(total, abs=1e-3)
+
+
+# ---- a model and pairs of one's own
+
+
+@pytest.fixture
+def shards(tmp_path):
+    with ShardWriter(tmp_path / "shards") as writer:
+        for sample in preference_samples(4):
+            writer.write(sample)
+    return tmp_path / "shards"
+
+
+def test_a_model_with_shards_and_benchmarks_of_its_own(tiny_llava, shards, tmp_path):
+    """The COCO recipe's methods, measures and page, on a tiny LLaVA with files in the official forms."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "evidence" / "coco.yaml").read_text())["experiment"]
+    pope, coco = write_pope(tmp_path / "pope"), write_coco(tmp_path / "coco")
+    tests = [
+        {"class_path": "PopeBenchmark", "init_args": {"folder": str(pope), "images": str(pope / "images")}},
+        {"class_path": "ChairBenchmark", "init_args": {"folder": str(coco), "images": str(coco / "images"), "size": 3}},
+    ]
+    world = recipe["world"]["init_args"]
+    for one, wanted in zip(tests, world["tests"]["test"], strict=True):
+        one["class_path"] = wanted["class_path"]
+        one["init_args"] |= {"max_new_tokens": 4} if "Chair" in one["class_path"] else {}
+    world["model"]["init_args"] = {"path": str(tiny_llava), "dtype": "float32"}
+    world |= {"shards": {"coco": str(shards)}, "tests": {"validation": tests, "test": tests}, "held_out": str(shards)}
+    training = {"steps": 2, "batch_size": 2, "rank": 2, "trainer": {"accelerator": "cpu", "devices": 1}}
+    recipe |= {"seeds": [1, 2], "training": training}
+    recipe["choosing"] |= {"rates": [1e-2], "most_lost": 100.0}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"experiment": recipe}))
+    store = Store(tmp_path / "work", read_experiment(path))
+    store.claim(describe(path))
+    run_all(Plan(store), 1)
+    write_raw(Plan(store), tmp_path / "docs" / "evidence", 1)
+    write_page(store.experiment, tmp_path / "docs", path)
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    for method in store.experiment.methods.values():
+        assert f"| {method.title} " in page
+    assert "rDPO hallucinates less than its base, coco world: CHAIRi" in page
+    rows = list(csv.DictReader((tmp_path / "docs" / "evidence" / "methods.csv").open()))
+    assert len(rows) == 2 * (1 + len(store.experiment.methods))
+    assert len({row[MARGIN] for row in rows if row["seed"] == "1"}) > 3
+
+
+def test_changes_without_shards_are_refused(tmp_path):
+    world = Prepared(DigitBackbone(), {"coco": "here"}, {}, {'coco/{"tau": 0.85}': "there"})
+    assert world.pairs("coco", {}, world.model, 0, tmp_path) == Path("here")
+    assert world.pairs("coco", {"tau": 0.85}, world.model, 0, tmp_path) == Path("there")
+    with pytest.raises(KeyError, match=r"Expected shards for .*0\.9.* in `variants`"):
+        world.pairs("coco", {"tau": 0.9}, world.model, 0, tmp_path)
+
+
+# ---- all of it, in small
+
+
+def run_experiment(folder, *changes):
+    command = [sys.executable, "-m", "benchmarks.evidence", "--recipe", str(REDUCED), "--work", str(folder / "work")]
+    command += ["--docs", str(folder / "docs"), *changes]
+    subprocess.run(command, check=True, env=alone(), cwd=ROOT, capture_output=True)  # noqa: S603
+
+
+def numbers(folder, name="methods"):
+    with (folder / "docs" / "evidence" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evidence")
+    run_experiment(folder)
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_directions_of_the_experiment_in_small(finished):
+    """Two policies show no more: what rDPO is for, it does, and the released rule does not do what Eq. 1 does."""
+    found = {(row["method"], int(row["seed"])): row for row in numbers(finished)}
+    assert {method for method, _ in found} == {BASE, "sft", "rdpo", "released"}
+    for seed in (1, 2):
+        margin = {method: float(found[method, seed][MARGIN]) for method in (BASE, "sft", "rdpo")}
+        assert margin["rdpo"] > margin["sft"]
+        assert margin["rdpo"] > margin[BASE]
+        skills = [float(row["skills"]) for (_, number), row in found.items() if number == seed]
+        assert all(0 <= value <= 100 for value in skills)
+        assert len(set(skills)) > 1
+
+
+@pytest.mark.timeout(900)
+def test_it_goes_on_where_it_was_and_comes_to_the_same(finished, tmp_path):
+    """What is missing is made again, nothing else, and with the same numbers."""
+    before = {path: path.stat().st_mtime_ns for path in (finished / "work" / "results").iterdir()}
+    pages = {name: numbers(finished, name) for name in ("methods", "grid", "dial")}
+    lost = sorted(before)[0]
+    content = json.loads(lost.read_text())["scores"]
+    lost.unlink()
+    run_experiment(finished)
+    after = {path: path.stat().st_mtime_ns for path in (finished / "work" / "results").iterdir()}
+    assert after.keys() == before.keys()
+    assert {path for path in after if after[path] != before[path]} == {lost}
+    assert json.loads(lost.read_text())["scores"] == content
+    assert {name: numbers(finished, name) for name in pages} == pages
+
+
+def test_the_page_is_written_from_the_numbers_alone(finished, tmp_path):
+    """Pictures are pictures, and what does not hold is said before anything else."""
+    page = (finished / "docs" / "evidence.md").read_text()
+    first = page.split("\n\n")[2]
+    assert "What does not hold comes first" in first
+    assert page.index("**Not shown:**") < page.index("**Shown:**") < page.index("## Results")
+    for name in ("methods", "strength_balanced", "visual_weight_balanced"):
+        assert (finished / "docs" / "images" / f"evidence_{name}.png").read_bytes().startswith(b"\x89PNG")
+    (finished / "docs" / "evidence.md").unlink()
+    write_page(read_experiment(REDUCED), finished / "docs", REDUCED)
+    assert (finished / "docs" / "evidence.md").read_text().replace(str(ROOT) + "/", "") == page.replace(
+        str(ROOT) + "/", ""
+    )
+
+
+def test_choices_are_made_on_development_policies_only(finished):
+    assert {row["seed"] for row in numbers(finished, "grid")} == {"3"}
+    assert {row["seed"] for row in numbers(finished)} == {"1", "2"}
+    store = Store(finished / "work", read_experiment(REDUCED))
+    choices = Plan(store).choices()
+    assert all(choice.tried == 2 for choice in choices.values())
+    chosen = {(row["method"], float(row["strength"])) for row in numbers(finished) if row["method"] != BASE}
+    assert chosen == {(method, choice.strength) for (_, method), choice in choices.items()}

@@ -79,6 +79,20 @@ class RenderedPrompt(NamedTuple):
     text: str
 
 
+class ResponseTokens(NamedTuple):
+    """A response as it follows a prompt.
+
+    Args:
+        ids: of its tokens, the end-of-turn token last.
+        ranges: first and last character of each token in ``ending``; None where the tokenizer cannot tell.
+        ending: what the chat template writes behind the prompt.
+    """
+
+    ids: list[int]
+    ranges: Sequence[tuple[int, int]] | None
+    ending: str
+
+
 class AutoBackbone(Backbone):
     """Serves any model that ``AutoModelForImageTextToText`` loads and whose forward takes ``mm_encoder_outputs``.
 
@@ -197,7 +211,7 @@ class AutoBackbone(Backbone):
     def end_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a response: what the chat template closes a turn with, and end-of-sequence."""
         (ending,) = self._render_responses(self._render_prompt("a"), ["a"])
-        last = self._ids([ending])[0][-1]
+        last = self._ids([ending])[0][0][-1]
         return tuple(dict.fromkeys((last, self._token_id(self.tokenizer.eos_token))))
 
     @cached_property
@@ -233,18 +247,34 @@ class AutoBackbone(Backbone):
             SampleError: when a text contains a special token, or the prompt leaves no room for a response.
         """
         prompt = self._render_prompt(sample.prompt, 1 + len(sample.context))
-        chosen, rejected = self._response_ids(prompt, [sample.chosen, sample.rejected])
+        chosen, rejected = self._response_tokens(prompt, [sample.chosen, sample.rejected])
+        masked = self._masked_tokens(sample, chosen)
         tokens, image = self._encode_prompt(prompt, [*sample.context, sample.image])
         visual_tokens, retrieved = self._encode_prompt(prompt, [*sample.context, sample.retrieved])
         # The visual view has to score the very tokens that the chosen view scores, however large its image is.
         room = min(self._room(tokens, "image"), self._room(visual_tokens, "retrieved image"))
         return EncodedSample(
             key=sample.key,
-            chosen=self._with_response(tokens, chosen, room),
-            rejected=self._with_response(tokens, rejected, self._room(tokens, "image")),
-            visual=self._with_response(visual_tokens, chosen, room),
+            chosen=self._with_response(tokens, chosen.ids, room),
+            rejected=self._with_response(tokens, rejected.ids, self._room(tokens, "image")),
+            visual=self._with_response(visual_tokens, chosen.ids, room),
             image=image,
             retrieved=retrieved,
+            masked=None if masked is None else masked[:room],
+        )
+
+    def _masked_tokens(self, sample: PreferenceSample, row: ResponseTokens) -> Tensor | None:
+        """Which tokens of the chosen response stand for masked words; None when unknown."""
+        try:
+            spans = sample.masked_spans()
+        except ValueError as error:
+            raise SampleError(str(error)) from error
+        if not spans or row.ranges is None:
+            return None
+        # Spans count the characters of the response as it is stored.
+        shift = row.ending.index(sample.chosen.strip()) - (len(sample.chosen) - len(sample.chosen.lstrip()))
+        return torch.tensor(
+            [any(start < span.end + shift and end > span.start + shift for span in spans) for start, end in row.ranges]
         )
 
     def _messages(self, prompt: Prompt, num_images: int) -> Sequence[Message]:
@@ -307,10 +337,18 @@ class AutoBackbone(Backbone):
             end = str(self.tokenizer.eos_token)
         return f"{lead}{answer}{end}"
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered chats; templates that write the start token themselves get no second one."""
-        rows = self.tokenizer(list(texts), add_special_tokens=self._takes_start_token(texts[0]))["input_ids"]
-        return [list(row) for row in rows]
+    def _ids(self, texts: Sequence[str]) -> list[tuple[list[int], list[Any] | None]]:
+        """Token ids of rendered chats, with the characters that they stand for where the tokenizer can tell.
+
+        Templates that write the start token themselves get no second one.
+        """
+        return self._tokenize(texts, self._takes_start_token(texts[0]))
+
+    def _tokenize(self, texts: Sequence[str], special: bool) -> list[tuple[list[int], list[Any] | None]]:
+        ranges = {"return_offsets_mapping": True} if self.tokenizer.is_fast else {}
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, **ranges)
+        offsets = encoded["offset_mapping"] if ranges else [None] * len(texts)
+        return [(list(ids), places) for ids, places in zip(encoded["input_ids"], offsets, strict=True)]
 
     def _takes_start_token(self, text: str) -> bool:
         start = self.tokenizer.bos_token
@@ -367,25 +405,26 @@ class AutoBackbone(Backbone):
         rendered = self._render_prompt(prompt)
 
         def tokenize(responses: Sequence[str]) -> list[list[int]]:
-            with_end = self._response_ids(rendered, responses)
+            with_end = [row.ids for row in self._response_tokens(rendered, responses)]
             return [ids[:-1] if ids[-1] in self.end_token_ids else ids for ids in with_end]
 
         return tokenize
 
-    def _response_ids(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
+    def _response_tokens(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[ResponseTokens]:
         """Response tokens, the end-of-turn token last, such that prompt tokens never depend on the response."""
         for response in responses:
             self._check_plain(response, "response")
         endings = self._render_responses(prompt, responses)
-        prompt_ids, *whole_ids = self._ids([prompt.text, *(prompt.text + ending for ending in endings)])
+        (prompt_ids, _), *whole = self._ids([prompt.text, *(prompt.text + ending for ending in endings)])
+        before = len(prompt.text)
         rows = []
-        for ending, whole in zip(endings, whole_ids, strict=True):
-            if whole[: len(prompt_ids)] == prompt_ids:
-                ids = whole[len(prompt_ids) :]
+        for ending, (ids, places) in zip(endings, whole, strict=True):
+            if ids[: len(prompt_ids)] == prompt_ids:
+                own = None if places is None else [(start - before, end - before) for start, end in places]
+                rows.append(ResponseTokens(ids[len(prompt_ids) :], own and own[len(prompt_ids) :], ending))
             else:
                 # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
-                ids = list(self.tokenizer(ending, add_special_tokens=False)["input_ids"])
-            rows.append(ids)
+                rows.append(ResponseTokens(*self._tokenize([ending], special=False)[0], ending))
         return rows
 
     def _room(self, prompt_tokens: Mapping[str, Tensor], image: str) -> int:
@@ -425,6 +464,7 @@ class AutoBackbone(Backbone):
             truncated=tuple(sample.key for sample in samples if sample.weight and _is_cut(sample)),
             skipped=tuple(skipped for sample in samples for skipped in sample.skipped),
             fingerprints=tuple(sample.fingerprint for sample in samples),
+            masked=tuple(sample.masked for sample in samples),
         )
 
     def _collate_view(self, rows: Sequence[EncodedView]) -> View:

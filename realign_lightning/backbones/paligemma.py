@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PaliGemmaProcessor
 
-from realign_lightning.backbones.auto import AutoBackbone, RenderedPrompt
+from realign_lightning.backbones.auto import AutoBackbone, RenderedPrompt, ResponseTokens
 from realign_lightning.types import EncodedView, Prompt, SampleError
 
 
@@ -42,11 +42,12 @@ class PaliGemmaBackbone(AutoBackbone):
     def _render_responses(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[str]:
         return [f"{response.strip()}{self.tokenizer.eos_token}" for response in responses]
 
-    def _response_ids(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[list[int]]:
+    def _response_tokens(self, prompt: RenderedPrompt, responses: Sequence[str]) -> list[ResponseTokens]:
         for response in responses:
             self._check_plain(response, "response")
         endings = self._render_responses(prompt, responses)
-        return [list(row) for row in self.tokenizer(endings, add_special_tokens=False)["input_ids"]]
+        rows = self._tokenize(endings, special=False)
+        return [ResponseTokens(*row, ending) for row, ending in zip(rows, endings, strict=True)]
 
     def _takes_start_token(self, text: str) -> bool:
         return True

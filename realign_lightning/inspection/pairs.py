@@ -135,7 +135,7 @@ def read_pair(stored: StoredSample, size: int, known: Container[str] = ()) -> Pa
 
 def _texts(sample: PreferenceSample) -> dict[str, Any]:
     chosen, rejected = differing(sample.chosen, sample.rejected)
-    spans, problem = _spans(sample.provenance, sample.chosen)
+    spans, problem = _spans(sample)
     return {
         "key": sample.key,
         "prompt": _turns(sample.prompt),
@@ -158,22 +158,12 @@ def _parts(content: str | Sequence[Mapping[str, str]]) -> list[Any]:
     return [content] if isinstance(content, str) else [part.get("text", []) for part in content]
 
 
-def _spans(provenance: Mapping[str, Any], chosen: str) -> tuple[list[tuple[Range, str]], str]:
+def _spans(sample: PreferenceSample) -> tuple[list[tuple[Range, str]], str]:
     """Masked spans of the chosen response with their kinds, and what is wrong with them, if anything is."""
-    values = provenance.get("spans", [])
-    if isinstance(values, list) and all(_is_span(value, len(chosen)) for value in values):
-        return [(Range(value["start"], value["end"]), value["kind"]) for value in values], ""
-    return (
-        [],
-        "Masked spans are not marked: expected spans to be a list of {start, end, kind} within the chosen answer.",
-    )
-
-
-def _is_span(value: Any, length: int) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        return False
-    start, end = value.get("start"), value.get("end")
-    return type(start) is int and type(end) is int and 0 <= start < end <= length
+    try:
+        return [(Range(span.start, span.end), span.kind) for span in sample.masked_spans()], ""
+    except ValueError as error:
+        return [], f"Masked spans are not marked: {error}."
 
 
 def thumbnail(image: Image.Image, size: int) -> str:

@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 
 from realign_lightning.losses.functional import LossType, RDPOOutput, rdpo_loss, sft_loss
-from realign_lightning.types import VIEWS, LogProbs, ResponseLengths, ViewName
+from realign_lightning.types import VIEWS, LogProbs, ResponseLengths, ViewName, VisualWords
 
 
 class PreferenceLoss(nn.Module):
@@ -16,10 +16,12 @@ class PreferenceLoss(nn.Module):
     Attributes:
         views: the views whose log-probs :meth:`forward` reads; others need not be scored.
         needs_reference: whether it reads the reference's log-probs.
+        visual_words: which words of the chosen response the visual view reads beside the retrieved image.
     """
 
     views: tuple[ViewName, ...] = VIEWS
     needs_reference: bool = True
+    visual_words: VisualWords = "all"
 
     def forward(
         self, policy: LogProbs, reference: LogProbs | None = None, lengths: ResponseLengths | None = None
@@ -46,6 +48,9 @@ class RDPOLoss(PreferenceLoss):
         loss_type: ``sigmoid``, ``ipo`` or ``hinge``.
         anchor_weight: weight of mDPO's anchor, at least 0.
         sft_weight: weight of the chosen response's negative log-likelihood per token, at least 0.
+        visual_words: ``masked`` compares only the words that were masked when the pair was built, beside image and
+            retrieved image; ``all`` is Eq. 1. How an answer is worded does not depend on the image, and pushing it
+            down costs skills that the pairs never touch (docs/evidence.md). Needs pairs that say what was masked.
 
     Raises:
         ValueError: for a value outside these bounds.
@@ -64,6 +69,7 @@ class RDPOLoss(PreferenceLoss):
         loss_type: LossType = "sigmoid",
         anchor_weight: float = 0.0,
         sft_weight: float = 0.0,
+        visual_words: VisualWords = "all",
     ) -> None:
         super().__init__()
         if not beta > 0:
@@ -77,6 +83,8 @@ class RDPOLoss(PreferenceLoss):
                 raise ValueError(f"Expected `{name}` to be at least 0, got {weight}.")
         if loss_type not in get_args(LossType):
             raise ValueError(f"Expected `loss_type` to be one of {get_args(LossType)}, got {loss_type!r}.")
+        if visual_words not in get_args(VisualWords):
+            raise ValueError(f"Expected `visual_words` to be one of {get_args(VisualWords)}, got {visual_words!r}.")
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"Expected `label_smoothing` in [0, 0.5), got {label_smoothing}.")
         if label_smoothing and loss_type != "sigmoid":
@@ -89,6 +97,7 @@ class RDPOLoss(PreferenceLoss):
         self.loss_type: LossType = loss_type
         self.anchor_weight = anchor_weight
         self.sft_weight = sft_weight
+        self.visual_words: VisualWords = visual_words
         self.views = VIEWS if visual_weight else ("chosen", "rejected")
 
     def forward(
@@ -117,7 +126,8 @@ class RDPOLoss(PreferenceLoss):
         """The settings, for printing a module."""
         return (
             f"beta={self.beta}, visual_weight={self.visual_weight}, label_smoothing={self.label_smoothing}, "
-            f"loss_type={self.loss_type!r}, anchor_weight={self.anchor_weight}, sft_weight={self.sft_weight}"
+            f"loss_type={self.loss_type!r}, anchor_weight={self.anchor_weight}, sft_weight={self.sft_weight}, "
+            f"visual_words={self.visual_words!r}"
         )
 
 

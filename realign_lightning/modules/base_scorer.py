@@ -13,7 +13,7 @@ from torch import nn
 
 from realign_lightning.backbones.base import Backbone
 from realign_lightning.scoring import SharePrefix, make_rows, score
-from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch
+from realign_lightning.types import VIEWS, LogProbs, PreferenceBatch, VisualWords
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ class BaseScorer:
         backbone: the model's family.
         surroundings: in what to score.
         share_prefix: see :data:`~realign_lightning.scoring.SharePrefix`.
+        visual_words: see :func:`~realign_lightning.scoring.make_rows`.
         make: lends the model.
     """
 
     backbone: Backbone
     surroundings: Surroundings
     share_prefix: SharePrefix
+    visual_words: VisualWords
     make: Callable[[], AbstractContextManager[nn.Module]]
 
     @contextmanager
@@ -110,5 +112,5 @@ class BaseScorer:
                 torch.cuda.empty_cache()
 
     def _score(self, model: nn.Module, batch: PreferenceBatch) -> LogProbs:
-        rows = make_rows(self.backbone, model, batch, VIEWS, self.share_prefix)
+        rows = make_rows(self.backbone, model, batch, VIEWS, self.share_prefix, self.visual_words)
         return score(self.backbone, model, batch, VIEWS, rows=rows)

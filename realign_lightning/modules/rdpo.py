@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -408,6 +408,8 @@ class RDPOModule(pl.LightningModule):
     def _fingerprint(self, around: Surroundings, root: Path) -> dict[str, str]:
         """What reference log-probs depend on, beside the sample."""
         own = {"scoring": hash_code(scoring), "precision": around.describe(self._base_dtype)}
+        if self.loss.visual_words != "all":
+            own["visual_words"] = self.loss.visual_words
         return {**own, **self.backbone.fingerprint(FileHasher(root / FILE_HASHES))}
 
     @property
@@ -417,9 +419,10 @@ class RDPOModule(pl.LightningModule):
         return max((value for value in weights if value.is_floating_point()), key=lambda value: value.numel()).dtype
 
     def _base_scorer(self, around: Surroundings) -> BaseScorer:
-        if self.adapter is None:
-            return BaseScorer(self.backbone, around, self.share_prefix, lambda: nullcontext(self._load_base(around)))
-        return BaseScorer(self.backbone, around, self.share_prefix, lambda: AdapterOff().use(self.policy))
+        def make() -> AbstractContextManager[nn.Module]:
+            return nullcontext(self._load_base(around)) if self.adapter is None else AdapterOff().use(self.policy)
+
+        return BaseScorer(self.backbone, around, self.share_prefix, self.loss.visual_words, make)
 
     def _load_base(self, around: Surroundings) -> nn.Module:
         """The model that training starts from, a second time."""
@@ -488,7 +491,7 @@ class RDPOModule(pl.LightningModule):
         Raises:
             ValueError: for ``share_prefix=True`` where the model cannot.
         """
-        return make_rows(self.backbone, self.policy, batch, views, self.share_prefix)
+        return make_rows(self.backbone, self.policy, batch, views, self.share_prefix, self.loss.visual_words)
 
     def on_train_start(self) -> None:
         """Forget what an interrupted run left unlogged, and see that a resumed one is told the truth."""
