@@ -23,7 +23,7 @@ copyright = "the realign-lightning authors"  # noqa: A001
 version = release = realign_lightning.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "evidence"]
 # Text is shown as it is written: `--flag` must not get a dash.
 smartquotes = False
 

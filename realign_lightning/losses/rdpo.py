@@ -49,8 +49,8 @@ class RDPOLoss(PreferenceLoss):
         anchor_weight: weight of mDPO's anchor, at least 0.
         sft_weight: weight of the chosen response's negative log-likelihood per token, at least 0.
         visual_words: ``masked`` compares only the words that were masked when the pair was built, beside image and
-            retrieved image; ``all`` is Eq. 1. How an answer is worded does not depend on the image, and pushing it
-            down costs skills that the pairs never touch (docs/evidence.md). Needs pairs that say what was masked.
+            retrieved image; ``all`` is Eq. 1, which also pushes down how an answer is worded, true as it may be of both
+            images. Needs pairs that say what was masked.
 
     Raises:
         ValueError: for a value outside these bounds.
