@@ -121,6 +121,18 @@ def shaken(module: RDPOModule) -> RDPOModule:
     return module
 
 
+def test_without_the_rejected_response_the_visual_view_is_the_same(backbone):
+    batch = batch_of(backbone, samples())
+    with torch.no_grad():
+        whole, _ = shaken(module_of(backbone, RDPOLoss(visual_words="masked"))).score(batch)
+        loss = RDPOLoss(visual_words="masked", text_weight=0.0)
+        alone, reference = shaken(module_of(backbone, loss)).score(batch, loss.views)
+    assert alone.rejected is None
+    assert reference is not None
+    torch.testing.assert_close(alone.visual, whole.visual, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(alone.visual, reference.visual)
+
+
 def test_unmasked_words_are_not_pushed(backbone):
     """The visual preference has no gradient from a word that both images read alike."""
     everything = [[chosen.rstrip(".")] for _, chosen, *_ in TEXTS]

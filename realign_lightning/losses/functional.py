@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -123,6 +124,7 @@ def rdpo_loss(
     anchor_weight: float = 0.0,
     sft_weight: float = 0.0,
     lengths: ResponseLengths | None = None,
+    text_weight: float = 1.0,
 ) -> RDPOOutput:
     r"""rDPO: a text preference plus a visual preference (Re-Align, arXiv 2502.13146, Eq. 1).
 
@@ -130,7 +132,8 @@ def rdpo_loss(
         r(y|v) &= \log \pi(y|x,v) - \log \pi_0(y|x,v) \\
         L &= -\log\sigma(\beta (r(y_w|v) - r(y_l|v))) - w_v \log\sigma(\beta (r(y_w|v) - r(y_w|v_l)))
 
-    With ``visual_weight=0`` the second term is not computed: the result is DPO to the last bit.
+    With ``visual_weight=0`` the second term is not computed: the result is DPO to the last bit. With ``text_weight=0``
+    the first is not, and the rejected response need not be scored.
 
     Args:
         policy: log-probs under the policy, each (B,).
@@ -142,6 +145,7 @@ def rdpo_loss(
         anchor_weight: weight of :func:`anchor_loss`.
         sft_weight: weight of :func:`sft_loss` on the chosen response.
         lengths: response tokens per view; needed by ``ipo`` and by ``sft_weight``.
+        text_weight: weight of the first term.
 
     Returns:
         Losses and detached rewards (beta times the log-ratios) per example.
@@ -156,20 +160,22 @@ def rdpo_loss(
     """
     chosen = policy.chosen - reference.chosen
     rejected = _log_ratio(policy, reference, "rejected")
-    if rejected is None:
-        raise ValueError(
-            "rdpo_loss needs the rejected view: expected `policy.rejected` and `reference.rejected`, got None."
-        )
     visual = _log_ratio(policy, reference, "visual")
-    losses = preference_loss(
-        chosen,
-        rejected,
-        beta,
-        loss_type,
-        label_smoothing,
-        None if lengths is None else lengths.chosen,
-        None if lengths is None else lengths.rejected,
-    )
+    losses = torch.zeros_like(chosen)
+    if text_weight:
+        if rejected is None:
+            raise ValueError(
+                "rdpo_loss needs the rejected view: expected `policy.rejected` and `reference.rejected`, got None."
+            )
+        losses = text_weight * preference_loss(
+            chosen,
+            rejected,
+            beta,
+            loss_type,
+            label_smoothing,
+            None if lengths is None else lengths.chosen,
+            None if lengths is None else lengths.rejected,
+        )
     if visual_weight:
         if visual is None:
             raise ValueError(
@@ -194,7 +200,7 @@ def rdpo_loss(
     return RDPOOutput(
         losses,
         beta * chosen.detach(),
-        beta * rejected.detach(),
+        None if rejected is None else beta * rejected.detach(),
         None if visual is None else beta * visual.detach(),
     )
 

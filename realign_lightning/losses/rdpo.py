@@ -51,9 +51,11 @@ class RDPOLoss(PreferenceLoss):
         visual_words: ``masked`` compares only the words that were masked when the pair was built, beside image and
             retrieved image; ``all`` is Eq. 1, which also pushes down how an answer is worded, true as it may be of both
             images. Needs pairs that say what was masked.
+        text_weight: weight of the preference for the chosen over the rejected response, at least 0; 0 leaves the visual
+            preference alone, and no rejected response is scored.
 
     Raises:
-        ValueError: for a value outside these bounds.
+        ValueError: for a value outside these bounds, and if all weights are 0.
 
     >>> import torch
     >>> start = LogProbs(torch.zeros(2), torch.zeros(2), torch.zeros(2))
@@ -70,6 +72,7 @@ class RDPOLoss(PreferenceLoss):
         anchor_weight: float = 0.0,
         sft_weight: float = 0.0,
         visual_words: VisualWords = "all",
+        text_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if not beta > 0:
@@ -78,9 +81,12 @@ class RDPOLoss(PreferenceLoss):
             ("visual_weight", visual_weight),
             ("anchor_weight", anchor_weight),
             ("sft_weight", sft_weight),
+            ("text_weight", text_weight),
         ):
             if not weight >= 0:
                 raise ValueError(f"Expected `{name}` to be at least 0, got {weight}.")
+        if not any((text_weight, visual_weight, anchor_weight, sft_weight)):
+            raise ValueError("Expected a weight above 0, got 0 for all of them: nothing would be learned.")
         if loss_type not in get_args(LossType):
             raise ValueError(f"Expected `loss_type` to be one of {get_args(LossType)}, got {loss_type!r}.")
         if visual_words not in get_args(VisualWords):
@@ -98,7 +104,9 @@ class RDPOLoss(PreferenceLoss):
         self.anchor_weight = anchor_weight
         self.sft_weight = sft_weight
         self.visual_words: VisualWords = visual_words
-        self.views = VIEWS if visual_weight else ("chosen", "rejected")
+        self.text_weight = text_weight
+        unread = {"rejected": not text_weight, "visual": not visual_weight}
+        self.views = tuple(view for view in VIEWS if not unread.get(view))
 
     def forward(
         self, policy: LogProbs, reference: LogProbs | None = None, lengths: ResponseLengths | None = None
@@ -120,6 +128,7 @@ class RDPOLoss(PreferenceLoss):
             anchor_weight=self.anchor_weight,
             sft_weight=self.sft_weight,
             lengths=lengths,
+            text_weight=self.text_weight,
         )
 
     def extra_repr(self) -> str:
@@ -127,7 +136,7 @@ class RDPOLoss(PreferenceLoss):
         return (
             f"beta={self.beta}, visual_weight={self.visual_weight}, label_smoothing={self.label_smoothing}, "
             f"loss_type={self.loss_type!r}, anchor_weight={self.anchor_weight}, sft_weight={self.sft_weight}, "
-            f"visual_words={self.visual_words!r}"
+            f"visual_words={self.visual_words!r}, text_weight={self.text_weight}"
         )
 
 

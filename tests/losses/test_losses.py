@@ -205,6 +205,7 @@ def test_rewards_are_detached_and_named_as_in_trl():
 def test_views_tell_what_must_be_scored():
     assert RDPOLoss().views == ("chosen", "rejected", "visual")
     assert RDPOLoss(visual_weight=0).views == ("chosen", "rejected")
+    assert RDPOLoss(text_weight=0).views == ("chosen", "visual")
     assert SFTLoss().views == ("chosen",)
     assert not SFTLoss().needs_reference
     output = SFTLoss()(LogProbs(torch.tensor([-12.0])), lengths=ResponseLengths(torch.tensor([4])))
@@ -220,6 +221,9 @@ def test_views_tell_what_must_be_scored():
         ({"visual_weight": -1.0}, "visual_weight"),
         ({"anchor_weight": -0.1}, "anchor_weight"),
         ({"sft_weight": float("nan")}, "sft_weight"),
+        ({"text_weight": -1.0}, "text_weight"),
+        ({"text_weight": 0.0, "visual_weight": 0.0}, "nothing would be learned"),
+        ({"visual_words": "some"}, "visual_words"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
         ({"loss_type": "kto"}, "loss_type"),
@@ -244,3 +248,23 @@ def test_missing_inputs_are_named():
         rdpo_loss(two_views, two_views, visual_weight=0, loss_type="ipo")
     with pytest.raises(ValueError, match="lengths"):
         SFTLoss()(two_views)
+
+
+def test_text_weight_zero_is_the_visual_preference_alone():
+    """By hand: beta 0.1, log-ratios 3 and -2 of the chosen response beside both images, so -log sigmoid(0.5)."""
+    policy = LogProbs(torch.tensor([-5.0]), None, torch.tensor([-10.0]))
+    reference = LogProbs(torch.tensor([-8.0]), None, torch.tensor([-8.0]))
+    output = RDPOLoss(beta=0.1, text_weight=0.0)(policy, reference)
+    assert output.losses.item() == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-6)
+    assert output.rejected_rewards is None
+    assert "rewards/margins" not in reward_metrics(output)
+    assert reward_metrics(output)["rewards/visual_margins"].item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("text_weight", [0.5, 3.0])
+def test_text_weight_weighs_dpo(text_weight):
+    policy, reference = random_pair(4)
+    text = RDPOLoss(visual_weight=0.0)(policy, reference).losses
+    both = RDPOLoss(visual_weight=2.0)(policy, reference).losses
+    weighed = RDPOLoss(visual_weight=2.0, text_weight=text_weight)(policy, reference).losses
+    torch.testing.assert_close(weighed - both, (text_weight - 1) * text)
