@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence_jobs import Plan, Store, do_all
+from benchmarks.evidence_jobs import Job, Plan, Store, do_all
 from benchmarks.evidence_page import write_page
 from benchmarks.evidence_report import write_raw
 from benchmarks.evidence_settings import describe, read_experiment
@@ -54,13 +54,16 @@ def run_all(plan: Plan, workers: int) -> None:
         plan: of the experiment.
         workers: processes.
     """
-    store, experiment = plan.store, plan.experiment
-    do_all(store, experiment.development, plan.grid_jobs(), workers, "choosing hyper-parameters")
+    experiment = plan.experiment
+    seeds = [*experiment.development, *experiment.seeds]
+    do_all(plan.store, seeds, [plan.grid_jobs, lambda: _after_choosing(plan)], workers)
+
+
+def _after_choosing(plan: Plan) -> list[Job]:
     choices = plan.choices()
     for (world, method), choice in choices.items():
         print(f"{world}: {method}: rate {choice.rate:g}, strength {choice.strength:g}, of {choice.tried} points tried")
-    jobs = [*plan.method_jobs(choices), *plan.ablation_jobs(choices), *plan.dial_jobs(choices)]
-    do_all(store, experiment.seeds, jobs, workers, "methods and ablations")
+    return [*plan.method_jobs(choices), *plan.ablation_jobs(choices), *plan.dial_jobs(choices)]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -179,8 +180,8 @@ class Bench:
             training = self.experiment.training
             module = train(run.method, desk.backbone, samples, training, run.rate, job.seed, desk.work)
             seconds["training"] = time.perf_counter() - start - seconds["pairs"]
-        margins, exams = desk.margins(run.part), desk.exams(run.part)
         start, scores = time.perf_counter(), {}
+        margins, exams = desk.margins(run.part), desk.exams(run.part)
         strength = AdapterStrength(module.policy)
         for value in run.strengths:
             strength.set(value)
@@ -251,6 +252,14 @@ def _begin(store: Store) -> None:
     log = (store.folder / f"worker_{os.getpid()}.log").open("w")
     os.dup2(log.fileno(), sys.stderr.fileno())
     _bench = Bench(store)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A pool's processes do not notice when the one that made them is killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _call(name: str, argument: Any) -> None:
@@ -258,24 +267,28 @@ def _call(name: str, argument: Any) -> None:
     getattr(_bench, name)(argument)
 
 
-def do_all(store: Store, seeds: Sequence[int], jobs: Sequence[Job], workers: int, title: str) -> None:
-    """Do all jobs, each when its policy is there, with a progress bar over runs.
+def do_all(store: Store, seeds: Sequence[int], stages: Sequence[Callable[[], list[Job]]], workers: int) -> None:
+    """Do the jobs of all stages, each when its policy is there, with a progress bar over runs.
+
+    Who has nothing else to do teaches policies that later stages need.
 
     Args:
         store: where results go; what is there is not done again.
-        seeds: of policies that are needed.
-        jobs: in the order in which they are begun.
+        seeds: of all policies.
+        stages: each says what its jobs are when those of the stages before are done.
         workers: processes.
-        title: of the progress bar.
     """
-    waiting = [left for job in jobs if (left := store.missing(job)).runs]
-    needed = {job.seed for job in waiting}
-    teaching = [seed for seed in seeds if seed in needed and not store.taught(seed).is_file()]
-    total = sum(len(job.runs) for job in jobs) + len(seeds)
-    with _pool(store, workers) as submit, tqdm(total=total, desc=title, unit="run", smoothing=0.05) as bar:
-        running: dict[Future[None], int | None] = {}
-        absent = set(teaching)
-        while waiting or teaching or running:
+    jobs: list[Job] = []
+    waiting: list[Job] = []
+    left = list(stages)
+    teaching = [seed for seed in seeds if not store.taught(seed).is_file()]
+    absent = set(teaching)
+    running: dict[Future[None], int | None] = {}
+    with _pool(store, workers) as submit, tqdm(desc="evidence", unit="run", smoothing=0.05) as bar:
+        while left or waiting or teaching or running:
+            while left and not any(store.missing(job).runs for job in jobs):
+                jobs += left.pop(0)()
+                waiting = [job for job in jobs if store.missing(job).runs]
             while len(running) < workers and (found := _next(waiting, teaching, absent)) is not None:
                 name, argument = found
                 running[submit(name, argument)] = argument if name == "teach" else None
@@ -283,7 +296,9 @@ def do_all(store: Store, seeds: Sequence[int], jobs: Sequence[Job], workers: int
             for future in done:
                 taught = running.pop(future)
                 future.result()
-                absent.discard(-1 if taught is None else taught)
+                if taught is not None:
+                    absent.discard(taught)
+            bar.total = sum(len(job.runs) for job in jobs) + len(seeds)
             bar.n = sum(len(job.runs) - len(store.missing(job).runs) for job in jobs) + len(seeds) - len(absent)
             bar.refresh()
 

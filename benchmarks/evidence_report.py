@@ -334,7 +334,9 @@ def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Pa
     names = list(experiment.methods)
     figure = Figure(figsize=(3.1 * len(keys) + 1.6, 0.42 * len(names) + 1.5), facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    looks = list(zip(experiment.world.names, (BLUE, VERMILION), ("o", "s"), (-0.14, 0.14), strict=False))
+    names_of_worlds = experiment.world.names
+    shifts = [0.28 * (place - (len(names_of_worlds) - 1) / 2) for place in range(len(names_of_worlds))]
+    looks = list(zip(names_of_worlds, (BLUE, VERMILION), ("o", "s"), shifts, strict=False))
     for axes, key in zip(panels, keys, strict=True):
         measure = measure_of(experiment, key)
         for world, color, marker, shift in looks:
@@ -351,7 +353,9 @@ def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Pa
             axes.spines[side].set_visible(False)
     panels[0].set_yticks(range(len(names)), [experiment.methods[name].title for name in names], color=INK)
     panels[0].invert_yaxis()
-    panels[-1].legend(frameon=False, fontsize=8.5, loc="best")
+    figure.legend(
+        *panels[-1].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper right", ncols=2
+    )
     figure.supxlabel("difference to the base policy, with 95 % interval", size=9, color=MUTED)
     figure.savefig(path, dpi=150)
 
