@@ -277,7 +277,7 @@ def refuse_to_score(module, around):
         raise AssertionError("a model was asked for")
         yield
 
-    return BaseScorer(module.backbone, around, module.share_prefix, make)
+    return BaseScorer(module.backbone, around, module.share_prefix, module.loss.visual_words, make)
 
 
 class TestFingerprint:
