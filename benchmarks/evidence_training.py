@@ -24,6 +24,7 @@ from realign_lightning.evaluation.base import Benchmark
 from realign_lightning.evaluation.images import load_image
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
+from realign_lightning.scoring import score
 from realign_lightning.types import EncodedSample, LogProbs, PreferenceBatch, PreferenceSample, ViewName
 
 MARGIN = "truth: log-prob margin"
@@ -306,7 +307,8 @@ def _margin(module: RDPOModule, samples: Sequence[EncodedSample]) -> float:
     total = 0.0
     for part in _parts(samples, 64):
         batch = module.transfer_batch_to_device(module.backbone.collate(list(part)), module.device, 0)
-        found, _ = module.score(batch, ("chosen", "visual"), with_reference=False)
+        # Not the module's score, which reads what its method compares: words or tokens of its own.
+        found = score(module.backbone, module.policy, batch, ("chosen", "visual"))
         assert found.visual is not None  # noqa: S101 - it was asked for
         total += float((found.chosen - found.visual).sum())
     return total / len(samples)

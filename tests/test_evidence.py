@@ -20,7 +20,7 @@ from benchmarks.evidence_page import write_page
 from benchmarks.evidence_report import Raw, difference_table, judge, write_raw
 from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
 from benchmarks.evidence_statistics import difference, estimate
-from benchmarks.evidence_training import ReleasedBackbone, make_module, read_pairs
+from benchmarks.evidence_training import ReleasedBackbone, make_module, measure, read_pairs
 from benchmarks.evidence_worlds import (
     OTHER,
     PRIOR,
@@ -315,6 +315,18 @@ def test_the_released_rule_reads_the_best_token_that_is_not_the_label(pairs, tmp
                 total += float(ranked[label] if view == "chosen" else ranked.max())
             assert float(getattr(policy, view)[row].detach()) == pytest.approx(total, abs=1e-3)
             assert float(getattr(reference, view)[row]) == pytest.approx(total, abs=1e-3)
+
+
+def test_the_margin_of_the_truth_is_measured_alike_for_all_methods(pairs, tmp_path):
+    """Untrained modules of any rule are one policy; the rules read other words or tokens of it in training."""
+    backbone = DigitBackbone()
+    samples = read_pairs(pairs / "near", backbone, "retrieved", 0)[:8]
+    found = []
+    for method in (Method("s", "sft"), Method("r", "released"), Method("m", loss={"visual_words": "masked"})):
+        module = make_module(method, backbone, Training(1, 4, 4), 1e-3, tmp_path)
+        module.configure_model()
+        found.append(measure(module, [], samples)[MARGIN])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
 
 
 # ---- a model and pairs of one's own
