@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class Job:
     world: str
     pairs: dict[str, Any] = field(default_factory=dict)
     runs: tuple[Run, ...] = ()
+
+    def singles(self) -> list[Job]:
+        """A job for each of the runs."""
+        return [replace(self, runs=(run,)) for run in self.runs]
 
 
 class Store:
@@ -122,7 +127,7 @@ class Store:
     def missing(self, job: Job) -> Job:
         """What of a job is still to be done."""
         left = tuple(run for run in job.runs if not self.result(job, run).is_file())
-        return Job(job.seed, job.world, job.pairs, left)
+        return replace(job, runs=left)
 
 
 class Bench:
@@ -233,11 +238,8 @@ class _Desk:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{time.time_ns()}")
-    write_json(half, dict(content))
-    half.replace(path)
+    write_json(path, dict(content))
 
 
 # ---- several processes
@@ -391,8 +393,8 @@ class Plan:
         for run in self._grid(name):
             by_seed = [self._grid_scores(seed, world, run) for seed in self.experiment.development]
             for place, strength in enumerate(choosing.strengths):
-                score = _mean([scores[place][choosing.score] for scores in by_seed])
-                lost = _mean(
+                score = fmean([scores[place][choosing.score] for scores in by_seed])
+                lost = fmean(
                     [
                         first[choosing.kept] - scores[place][choosing.kept]
                         for first, scores in zip(base, by_seed, strict=True)
@@ -498,7 +500,7 @@ class Plan:
             ("ablations", self.ablation_jobs(choices)),
             ("strength of the adapter", self.dial_jobs(choices)),
         ):
-            alone = [Job(job.seed, job.world, job.pairs, (run,)) for job in jobs for run in job.runs]
+            alone = [single for job in jobs for single in job.singles()]
             stages[title] = (len(alone), sum(sum(self._result(job)["seconds"].values()) for job in alone))
         stages["all"] = (sum(runs for runs, _ in stages.values()), sum(seconds for _, seconds in stages.values()))
         return [
@@ -528,7 +530,3 @@ def _by_pairs(seed: int, world: str, runs: Sequence[Run]) -> list[Job]:
 
 def _pairs_of(run: Run) -> dict[str, Any]:
     return {} if run.method is None else dict(run.method.pairs)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -47,11 +47,10 @@ def write_raw(plan: Plan, folder: Path, workers: int) -> None:
 
 def _rows(plan: Plan, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     rows = []
-    for job in jobs:
-        for run in job.runs:
-            alone = Job(job.seed, job.world, job.pairs, (run,))
-            for strength, scores in zip(run.strengths, plan.scores(alone), strict=True):
-                rows.append({**_labels(job, run), "strength": strength, **scores})
+    for single in [one for job in jobs for one in job.singles()]:
+        (run,) = single.runs
+        for strength, scores in zip(run.strengths, plan.scores(single), strict=True):
+            rows.append({**_labels(single, run), "strength": strength, **scores})
     return rows
 
 
@@ -76,6 +75,11 @@ def _plain(value: Any) -> Any:
     return f"{value:.10g}" if isinstance(value, float) else value
 
 
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 class Raw:
     """The numbers of one CSV file.
 
@@ -85,9 +89,7 @@ class Raw:
     """
 
     def __init__(self, path: Path, seeds: Sequence[int] | None = None) -> None:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        self.rows = [row for row in rows if seeds is None or int(row["seed"]) in seeds]
+        self.rows = [row for row in _read_csv(path) if seeds is None or int(row["seed"]) in seeds]
 
     def values(self, world: str, method: str, key: str, strength: float | None = None) -> list[float]:
         """A score of a method, one per seed in order.
@@ -112,10 +114,6 @@ class Raw:
         if not found:
             raise KeyError(f"no {key!r} of {method!r} in {world!r}")
         return [found[seed] for seed in sorted(found)]
-
-    def has(self, method: str) -> bool:
-        """Whether a method was measured."""
-        return any(row["method"] == method for row in self.rows)
 
 
 # ---- what is and is not shown
@@ -142,7 +140,7 @@ class Verdict(NamedTuple):
         Args:
             measure: of the claim.
         """
-        sign = -1.0 if measure.higher_is_better is False else 1.0
+        sign = _sign(measure)
         shown = Estimate(sign * self.found.mean, self.found.half, self.found.policies).shown(2, signed=True)
         return f"{self.claim.text}, {self.world} world: {measure.title} {shown}"
 
@@ -159,11 +157,16 @@ def judge(experiment: Experiment, raw: Raw) -> list[Verdict]:
 
 def _judge(experiment: Experiment, raw: Raw, claim: Claim, world: str) -> Verdict:
     measure = measure_of(experiment, claim.measure)
-    sign = -1.0 if measure.higher_is_better is False else 1.0
+    sign = _sign(measure)
     values, others = (raw.values(world, name, claim.measure) for name in (claim.method, claim.against))
     found = difference([sign * value for value in values], [sign * value for value in others])
     least = 0.0 if claim.at_most_lost is None else -claim.at_most_lost
     return Verdict(claim, world, found, found.mean - found.half > least)
+
+
+def _sign(measure: Measure) -> float:
+    """What makes more better."""
+    return -1.0 if measure.higher_is_better is False else 1.0
 
 
 def measure_of(experiment: Experiment, key: str) -> Measure:
@@ -263,11 +266,9 @@ def choice_table(experiment: Experiment, folder: Path) -> str:
         experiment: whose.
         folder: of the CSV files.
     """
-    with (folder / "choices.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
     choosing = experiment.choosing
     rows = []
-    for row in found:
+    for row in _read_csv(folder / "choices.csv"):
         score, lost = float(row["score"]), float(row["lost"])
         chosen = [row["rate"], row["strength"], f"{score:.1f}", f"{lost:.2f}", row["tried"]]
         rows.append([_title(experiment, row["method"]), row["world"], *chosen])
@@ -282,10 +283,11 @@ def stage_table(folder: Path) -> str:
     Args:
         folder: of the CSV files.
     """
-    with (folder / "stages.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
     minutes = ("core minutes", "minutes")
-    rows = [[row["stage"], row["runs"], *(f"{float(row[name]):.0f}" for name in minutes)] for row in found]
+    rows = [
+        [row["stage"], row["runs"], *(f"{float(row[name]):.0f}" for name in minutes)]
+        for row in _read_csv(folder / "stages.csv")
+    ]
     return markdown_table(["stage", "runs", "core minutes", "minutes"], rows, "lrrr")
 
 

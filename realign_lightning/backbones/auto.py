@@ -420,8 +420,9 @@ class AutoBackbone(Backbone):
         rows = []
         for ending, (ids, places) in zip(endings, whole, strict=True):
             if ids[: len(prompt_ids)] == prompt_ids:
-                own = None if places is None else [(start - before, end - before) for start, end in places]
-                rows.append(ResponseTokens(ids[len(prompt_ids) :], own and own[len(prompt_ids) :], ending))
+                own = None if places is None else places[len(prompt_ids) :]
+                ranges = None if own is None else [(start - before, end - before) for start, end in own]
+                rows.append(ResponseTokens(ids[len(prompt_ids) :], ranges, ending))
             else:
                 # A merge across the border would change the prompt that generation sees: tokenise the answer alone.
                 rows.append(ResponseTokens(*self._tokenize([ending], special=False)[0], ending))

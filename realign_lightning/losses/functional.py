@@ -161,36 +161,25 @@ def rdpo_loss(
     chosen = policy.chosen - reference.chosen
     rejected = _log_ratio(policy, reference, "rejected")
     visual = _log_ratio(policy, reference, "visual")
+
+    def over(other: Tensor, view: Literal["rejected", "visual"]) -> Tensor:
+        own_length, other_length = (None, None) if lengths is None else (lengths.chosen, getattr(lengths, view))
+        return preference_loss(chosen, other, beta, loss_type, label_smoothing, own_length, other_length)
+
     losses = torch.zeros_like(chosen)
     if text_weight:
         if rejected is None:
             raise ValueError(
                 "rdpo_loss needs the rejected view: expected `policy.rejected` and `reference.rejected`, got None."
             )
-        losses = text_weight * preference_loss(
-            chosen,
-            rejected,
-            beta,
-            loss_type,
-            label_smoothing,
-            None if lengths is None else lengths.chosen,
-            None if lengths is None else lengths.rejected,
-        )
+        losses = text_weight * over(rejected, "rejected")
     if visual_weight:
         if visual is None:
             raise ValueError(
                 f"visual_weight={visual_weight} needs the visual view: expected `policy.visual` and "
                 "`reference.visual`, got None. Score it, or set visual_weight=0."
             )
-        losses = losses + visual_weight * preference_loss(
-            chosen,
-            visual,
-            beta,
-            loss_type,
-            label_smoothing,
-            None if lengths is None else lengths.chosen,
-            None if lengths is None else lengths.visual,
-        )
+        losses = losses + visual_weight * over(visual, "visual")
     if anchor_weight:
         losses = losses + anchor_weight * anchor_loss(chosen, beta)
     if sft_weight:
