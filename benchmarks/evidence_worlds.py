@@ -131,6 +131,7 @@ class DigitPairSettings:
         kinds: what is masked: ``object`` are digits, ``attribute`` inks.
         mode: whether blanks are filled between the fixed words, or the whole text is written anew.
         adversarial: share of the questions about absent digits that ask for what goes with a digit that is there.
+        own_mistakes: whether the policy's mistakes on the image itself are taken first.
         scenes: from which pairs are built; None is the world's number.
     """
 
@@ -142,6 +143,7 @@ class DigitPairSettings:
     kinds: tuple[str, ...] = ("object",)
     mode: Mode = "infill"
     adversarial: float = 0.0
+    own_mistakes: bool = False
     scenes: int | None = None
 
     def builder(self, seed: int) -> PreferenceBuilder:
@@ -164,6 +166,7 @@ class DigitPairSettings:
             ),
             Gate(WordOverlap(), self.tau),
             seed=seed,
+            own_mistakes=self.own_mistakes,
         )
 
 

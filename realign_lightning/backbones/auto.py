@@ -321,7 +321,7 @@ class AutoBackbone(Backbone):
         """What follows the generation prompt: the answer, and the token that ends a turn or a sequence."""
         answer = response.strip()
         asked = _without_spaces(prompt.text)
-        starts = (match.start() for match in re.finditer(re.escape(answer), whole))
+        starts = _places_of(answer, whole)
         start = next((start for start in starts if _without_spaces(whole[:start]) == asked), None)
         if start is None:
             raise ValueError(
@@ -948,6 +948,14 @@ def _pattern(name: str, blocks: Mapping[str, str]) -> str:
 def _round_side(pixels: int) -> int:
     """The next power of 1.1, so that a collection of photos has a few dozen sizes."""
     return round(1.1 ** round(math.log(pixels, 1.1)))
+
+
+def _places_of(part: str, whole: str) -> Iterator[int]:
+    """Where ``part`` starts in ``whole``, first to last."""
+    start = whole.find(part)
+    while start >= 0:
+        yield start
+        start = whole.find(part, start + 1)
 
 
 def _without_spaces(text: str) -> str:

@@ -44,7 +44,8 @@ class BuildFacts:
     Args:
         left_out: source samples that gave no pair, by reason.
         refused: completions that were tried and refused, by reason.
-        accepted_by_rank: pairs by the rank of their retrieved image, from 0.
+        accepted_by_rank: pairs by the rank of the image that their rejected response was made on, from 0; -1 is the
+            image itself.
         tried_by_rank: completions tried by rank; every rank of ``accepted_by_rank`` at least as often.
         similarities: similarity of chosen and rejected response of every pair, as far as known.
         retrieval_scores: similarity of image and retrieved image of every pair, as far as known.
@@ -219,7 +220,8 @@ def _draw_pictures(facts: BuildFacts) -> dict[str, Image.Image]:
         counts = [facts.tried_by_rank[rank] for rank in ranks]
         parts = [facts.accepted_by_rank.get(rank, 0) for rank in ranks]
         title = "Completions tried (light) and accepted (dark) by rank"
-        pictures["ranks.png"] = draw_bars(Bars(title, "retrieval rank", [str(rank) for rank in ranks], counts, parts))
+        names = [_rank_name(rank) for rank in ranks]
+        pictures["ranks.png"] = draw_bars(Bars(title, "retrieval rank", names, counts, parts))
     return pictures
 
 
@@ -380,11 +382,20 @@ def _outcomes(pairs: int, facts: BuildFacts) -> list[str]:
     return paragraphs
 
 
+def _rank_name(rank: int) -> str:
+    """How tables and pictures name a rank: the image itself, tried before all that were retrieved, is ``own``.
+
+    Args:
+        rank: from 0; -1 is the image itself.
+    """
+    return "own" if rank < 0 else str(rank)
+
+
 def _rank_table(facts: BuildFacts) -> str:
     rows = []
     for rank in sorted(facts.tried_by_rank):
         tried, accepted = facts.tried_by_rank[rank], facts.accepted_by_rank.get(rank, 0)
-        rows.append((str(rank), f"{tried:,}", f"{accepted:,}", _share(accepted, tried)))
+        rows.append((_rank_name(rank), f"{tried:,}", f"{accepted:,}", _share(accepted, tried)))
     tried, accepted = sum(facts.tried_by_rank.values()), sum(facts.accepted_by_rank.values())
     rows.append(("all", f"{tried:,}", f"{accepted:,}", _share(accepted, tried)))
     return _table(("retrieval rank", "tried", "accepted", "acceptance rate"), rows)

@@ -49,6 +49,9 @@ class PreferenceBuilder:
         seed: of what is drawn.
         max_side: store images with at most so many pixels on their longer side; None keeps their files as they are.
             Reducing them once, to what the policy's processor makes of them anyway, spares the loader most of its work.
+        own_mistakes: complete responses on the image itself first. What the policy gets wrong there, a mistake that it
+            would really make, becomes the rejected response, and the most similar image the pair's retrieved one. Where
+            it makes none, similar images follow.
 
     Raises:
         ValueError: for numbers below 1.
@@ -66,6 +69,7 @@ class PreferenceBuilder:
         samples_per_shard: int = 1000,
         seed: int = 0,
         max_side: int | None = None,
+        own_mistakes: bool = False,
     ) -> None:
         for name, count in {"batches": batches, "samples_per_shard": samples_per_shard, "max_side": max_side}.items():
             if count is not None and count < 1:
@@ -79,6 +83,7 @@ class PreferenceBuilder:
             calibrate,
             batches,
             seed,
+            own_mistakes,
         )
         self.samples_per_shard = samples_per_shard
         self.max_side = max_side

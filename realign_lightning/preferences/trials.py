@@ -23,17 +23,19 @@ from realign_lightning.types import Prompt, SampleError
 
 
 class Candidate(NamedTuple):
-    """A retrieved image.
+    """An image to complete a response on: a retrieved one, or the original itself.
 
     Args:
         image: its file.
         content: SHA-256 of the file.
         score: similarity to the original image; None where nobody measured it.
+        is_own: whether it is the original image itself.
     """
 
     image: ImageFile
     content: str
     score: float | None = None
+    is_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Trial:
         key: of the record.
         prompt: what the chosen response answers.
         masked: the chosen response and its spans.
-        candidates: retrieved images, best first.
+        candidates: retrieved images, best first; before them the image itself, where its own mistakes are wanted.
         objects: what the original image is known to show; None if nobody knows.
     """
 
@@ -59,7 +61,7 @@ class Attempt(NamedTuple):
     """One completion that was tried.
 
     Args:
-        rank: of the retrieved image, from 0.
+        rank: place of the image among the candidates, from 0.
         text: the completion; empty where there is none.
         verdict: what became of it.
     """

@@ -93,6 +93,55 @@ def test_images_are_tried_in_order_of_similarity_until_a_completion_is_accepted(
     assert report.kinds == {"object": 16}
 
 
+def test_mistakes_on_the_image_itself_come_first(tmp_path):
+    """A policy that errs beside odd images: that is the rejected response, and the most similar image the other one."""
+
+    def errs(number: int, prompt: str) -> Answer | None:
+        own = prompt.startswith(f"number {number} ") and number % 2
+        return Answer(prompt.replace("[MASK]", "mauve")) if own else None
+
+    rows = [*map(record, range(11)), record(11, retrieved=file_of(100)), record(13, rejected="it is a given colour.")]
+    numbers = [*range(12), 13]
+    output = tmp_path / "pairs"
+    report = builder(Eyes(wrong=errs), own_mistakes=True).build(Listed(*rows), output)
+    made = samples_of(output)
+    for number in range(11):
+        best = brute_force(numbers, number)[0]
+        sample = made[f"record{number:03d}"]
+        told, tried = sample.provenance, sample.provenance["tried"]
+        assert number_of(sample.retrieved) == best
+        assert (told["retrieval_rank"], told["retrieved_id"]) == (0, f"image{best:03d}")
+        assert told["response_similarity"] == pytest.approx(6 / 8, abs=1e-6)
+        assert (tried[0]["rank"], tried[0]["retrieved_id"], tried[1]["rank"]) == (-1, f"image{number:03d}", 0)
+        if number % 2:
+            assert sample.rejected == f"number {number} is mauve, says my eye."
+            assert [one.get("verdict") for one in tried] == ["accepted", None]
+        else:
+            assert sample.rejected == answer_of(number, best)
+            assert [one.get("verdict") for one in tried] == ["unchanged", "accepted"]
+    assert number_of(made["record011"].retrieved) == 100
+    assert made["record011"].rejected == "number 11 is mauve, says my eye."
+    assert "tried" not in made["record013"].provenance
+    assert (report.tried_by_rank, report.accepted_by_rank) == ({-1: 12, 0: 6}, {-1: 6, 0: 6})
+    assert (len(report.similarities), len(report.retrieval_scores), report.calls["complete"]) == (12, 12, 18)
+    counts = json.loads((output / "index.json").read_text())["built_with"]["counts"]
+    assert counts["accepted_by_rank"] == {"-1": 6, "0": 6}
+    assert "| own | 12 | 6 | 50.0% |" in (output / "README.md").read_text()
+
+
+def test_own_mistakes_without_a_similar_image_make_no_pair(tmp_path):
+    eyes = Eyes(wrong=lambda number, prompt: Answer(prompt.replace("[MASK]", "mauve")))
+    report = builder(eyes, own_mistakes=True).build(Listed(record(0)), tmp_path / "pairs")
+    assert (report.pairs, report.left_out, eyes.asked) == (0, {"no similar image": 1}, [])
+
+
+def test_own_mistakes_are_told_in_the_index_and_only_where_they_were_taken(tmp_path):
+    for own in (False, True):
+        builder(own_mistakes=own).build(Listed(*map(record, range(4))), tmp_path / f"{own}")
+    told = [json.loads((tmp_path / f"{own}" / "index.json").read_text()) for own in (False, True)]
+    assert [one["built_with"]["stages"].get("own_mistakes") for one in told] == [None, True]
+
+
 def test_what_a_record_has_is_kept_and_what_it_lacks_is_built(tmp_path):
     """All eight cases of having a chosen answer, a rejected one and a rejected image."""
     has = [(chosen, rejected, image) for chosen in (1, 0) for rejected in (1, 0) for image in (1, 0)]

@@ -45,18 +45,24 @@ class LeftOut:
         return self.reason in get_args(Fault)
 
 
+OWN = -1
+"""Rank of the original image itself, which comes before the most similar one."""
+
+
 class Try(NamedTuple):
-    """A retrieved image and what the policy made of it.
+    """An image and what the policy made of it.
 
     Args:
         image_id: which image.
         score: its similarity to the original; None where nobody measured it.
-        attempt: the completion and its verdict; None where a rejected response was given.
+        attempt: the completion and its verdict; None where a rejected response was given, or made beside the original.
+        rank: of the retrieved image, from 0; :data:`OWN` for the original itself.
     """
 
     image_id: str
     score: float | None
     attempt: Attempt | None
+    rank: int
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Draft:
         record: from the source; a chosen response that was generated is filled in.
         generated: whether the chosen response was.
         masked: the chosen response with its masks, where a rejected one is to be made.
-        tries: retrieved images that were tried, in order; the last one is the pair's.
+        tries: images that were tried, in order; the last one is the pair's retrieved image.
         left_out: why there will be no pair.
     """
 
@@ -81,6 +87,11 @@ class Draft:
     def key(self) -> str:
         """Of the record."""
         return self.record.key
+
+    @property
+    def completed(self) -> Attempt | None:
+        """The last completion; that of a pair is its rejected response. None where none was tried."""
+        return next((one.attempt for one in reversed(self.tries) if one.attempt is not None), None)
 
     @property
     def lacks_pair(self) -> bool:

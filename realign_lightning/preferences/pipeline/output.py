@@ -148,7 +148,7 @@ class Output:
     def _write_pair(self, writer: ShardWriter, draft: Draft, album: Album) -> None:
         record = draft.record
         retrieved = record.retrieved or album.files[draft.tries[-1].image_id]
-        attempt = draft.tries[-1].attempt if draft.tries else None
+        attempt = draft.completed
         rejected = record.rejected if record.rejected is not None else attempt.text if attempt is not None else ""
         facts = {**record.facts, **self._provenance(draft, retrieved.image_id)}
         image, other = (read_unchanged(file, album.contents[file.image_id]) for file in (record.image, retrieved))
@@ -166,13 +166,13 @@ class Output:
         }
         last = draft.tries[-1] if draft.tries else None
         if last is not None and last.score is not None:
-            found |= {"retrieval_rank": len(draft.tries) - 1, "retrieval_score": rounded(last.score)}
-        if last is not None and last.attempt is not None and last.attempt.verdict.similarity is not None:
-            found |= {"response_similarity": rounded(last.attempt.verdict.similarity), "compared": self.scope}
+            found |= {"retrieval_rank": last.rank, "retrieval_score": rounded(last.score)}
+        if draft.completed is not None and draft.completed.verdict.similarity is not None:
+            found |= {"response_similarity": rounded(draft.completed.verdict.similarity), "compared": self.scope}
         if draft.masked is not None:
             spans = [{"start": span.start, "end": span.end, "kind": span.kind} for span in draft.masked.spans]
             found |= {"masked": draft.masked.render(self.mask_token), "spans": spans}
-            found["tried"] = [_told(rank, one) for rank, one in enumerate(draft.tries)]
+            found["tried"] = [_told(one) for one in draft.tries]
         return found
 
     def _keep_card(self, staging: Path) -> None:
@@ -200,9 +200,9 @@ def _shortened(value: Any) -> Any:
     return f"{value[:_LONGEST_SHOWN]}... ({len(value)} characters, in index.json)" if is_long else value
 
 
-def _told(rank: int, one: Try) -> dict[str, Any]:
+def _told(one: Try) -> dict[str, Any]:
     """A try as samples tell it."""
-    told: dict[str, Any] = {"rank": rank, "retrieved_id": one.image_id}
+    told: dict[str, Any] = {"rank": one.rank, "retrieved_id": one.image_id}
     if one.score is not None:
         told["retrieval_score"] = rounded(one.score)
     if one.attempt is not None:

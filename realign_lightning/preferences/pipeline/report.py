@@ -22,7 +22,7 @@ class BuildReport:
         left_out: records without a pair, by reason.
         faults: records among them with which something was wrong, and images of the pool that cannot be used.
         refused: completions that were tried and refused, by reason.
-        tried_by_rank: completions tried by rank of the retrieved image, from 0.
+        tried_by_rank: completions tried by rank of the retrieved image, from 0; -1 is the original image itself.
         accepted_by_rank: completions accepted by rank.
         kinds: masked spans of pairs by kind.
         short: records with fewer similar images than were to be retrieved.
@@ -71,14 +71,14 @@ class BuildReport:
         self.faults = sum(one.is_fault for one in (*others, *strays))
         for draft in drafts:
             self.records += 1
-            for rank, one in enumerate(draft.tries):
+            for one in draft.tries:
                 if one.attempt is not None:
-                    tried[rank] += 1
+                    tried[one.rank] += 1
                     reason = one.attempt.verdict.reason
                     if reason is not None:
                         refused[reason] += 1
                     elif draft.left_out is None:
-                        accepted[rank] += 1
+                        accepted[one.rank] += 1
                     else:
                         refused[draft.left_out.reason] += 1
             if draft.left_out is not None:
@@ -96,8 +96,8 @@ class BuildReport:
         last: Try | None = draft.tries[-1] if draft.tries else None
         if last is not None and last.score is not None:
             self.retrieval_scores.append(rounded(last.score))
-        if last is not None and last.attempt is not None and last.attempt.verdict.similarity is not None:
-            self.similarities.append(rounded(last.attempt.verdict.similarity))
+        if draft.completed is not None and draft.completed.verdict.similarity is not None:
+            self.similarities.append(rounded(draft.completed.verdict.similarity))
 
     def facts(self, settings: Mapping[str, Any]) -> BuildFacts:
         """What the card of the shards tells.

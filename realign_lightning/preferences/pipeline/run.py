@@ -22,7 +22,7 @@ from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.accept import Gate
 from realign_lightning.preferences.completing import Completer
 from realign_lightning.preferences.mask import LLMMasker, Masker
-from realign_lightning.preferences.pipeline.drafts import Draft, LeftOut, Try, still_open
+from realign_lightning.preferences.pipeline.drafts import OWN, Draft, LeftOut, Try, still_open
 from realign_lightning.preferences.pipeline.masks import mask_responses
 from realign_lightning.preferences.pipeline.reading import Album, check_images, check_texts, read_drafts, read_pool
 from realign_lightning.preferences.pipeline.report import BuildReport
@@ -49,6 +49,7 @@ class Stages:
         calibrate: whether the end of the band of similarities is found from the images.
         batches: records that are tried at a time, in batches of the engine.
         seed: of what is drawn.
+        own_mistakes: whether responses are completed on the image itself before similar ones.
     """
 
     masker: Masker
@@ -59,6 +60,7 @@ class Stages:
     calibrate: bool
     batches: int
     seed: int
+    own_mistakes: bool = False
 
     @property
     def engines(self) -> list[Engine]:
@@ -242,6 +244,7 @@ class Run:
         if any(draft.masked is not None for draft in self.drafts):
             found |= {"masker": dict(stages.masker.identity), "completer": dict(stages.completer.identity)}
             found["gate"] = dict(stages.gate.identity)
+            found |= {"own_mistakes": True} if stages.own_mistakes else {}
         if self._has_retrieved:
             found |= self._neighbourhood
         return {**found, "seed": stages.seed}
@@ -281,14 +284,19 @@ class Run:
         return (draft.record.rejected is None for draft in drafts)
 
     def _candidates(self, draft: Draft, neighbours: Mapping[str, Sequence[Neighbour]]) -> list[Candidate]:
-        """The image that was given, or the similar ones."""
+        """The image that was given, or similar ones; before them the original, where mistakes on it are wanted."""
         album, given = self.album, draft.record.retrieved
         if given is not None:
-            return [Candidate(given, album.contents[given.image_id])]
-        return [
-            Candidate(album.files[other.image_id], album.contents[other.image_id], other.score)
-            for other in neighbours[draft.record.image.image_id]
-        ]
+            found = [Candidate(given, album.contents[given.image_id])]
+        else:
+            found = [
+                Candidate(album.files[other.image_id], album.contents[other.image_id], other.score)
+                for other in neighbours[draft.record.image.image_id]
+            ]
+        if not (self.stages.own_mistakes and found and draft.masked is not None):
+            return found
+        image = draft.record.image
+        return [Candidate(image, album.contents[image.image_id], is_own=True), *found]
 
     def _finish(self, mine: dict[str, _Found], short: int) -> None:
         """Hand all ranks what each has found."""
@@ -302,7 +310,9 @@ class Run:
             elif not one.tries:
                 draft.leave_out("no similar image")
             elif (last := one.tries[-1].attempt) is not None and last.verdict.reason is not None:
-                reasons = ", ".join(str(attempt.verdict.reason) for _, _, attempt in one.tries if attempt is not None)
+                reasons = ", ".join(
+                    str(tried.attempt.verdict.reason) for tried in one.tries if tried.attempt is not None
+                )
                 draft.leave_out("no completion accepted", reasons)
 
     def _memo(self, stage: str, identity: Mapping[str, Any]) -> Memo:
@@ -338,10 +348,21 @@ class _Found:
         candidates, accepted = outcome.trial.candidates, outcome.accepted
         # What was refused is told by its verdict; its text would only have to be carried about.
         attempts = [one if one is accepted else one._replace(text="") for one in outcome.attempts]
-        tried = zip(candidates, attempts, strict=False)
-        return cls([Try(one.image.image_id, one.score, attempt) for one, attempt in tried], outcome.error)
+        first = OWN if candidates and candidates[0].is_own else 0
+        tries = [
+            Try(one.image.image_id, one.score, attempt, rank)
+            for rank, (one, attempt) in enumerate(zip(candidates, attempts, strict=False), first)
+        ]
+        if accepted is not None and tries[-1].rank == OWN:
+            tries.append(_untried(candidates[1]))
+        return cls(tries, outcome.error)
 
 
 def _given(candidates: Sequence[Candidate]) -> _Found:
     """The best retrieved image for a rejected response that was given."""
-    return _Found([Try(one.image.image_id, one.score, None) for one in candidates[:1]])
+    return _Found([_untried(one) for one in candidates[:1]])
+
+
+def _untried(candidate: Candidate) -> Try:
+    """The most similar image, beside which nothing was completed."""
+    return Try(candidate.image.image_id, candidate.score, None, 0)
