@@ -152,9 +152,9 @@ class Bench:
             return
         for half in folder.glob("*"):
             half.unlink()
-        start = time.perf_counter()
+        start = time.process_time()
         report = dict(self.experiment.world.prepare(seed, folder))
-        _write(told, {**report, "seconds": time.perf_counter() - start})
+        _write(told, {**report, "seconds": time.process_time() - start})
 
     def do(self, job: Job) -> None:
         """Do what is missing of a job.
@@ -172,7 +172,7 @@ class Bench:
         if self.store.result(job, run).is_file():
             # The same settings under another name, as the unchanged value of every ablation.
             return
-        start = time.perf_counter()
+        start = time.process_time()
         seconds = {}
         if run.method is None:
             untrained = Method("base", rule="sft")
@@ -181,17 +181,17 @@ class Bench:
             module.to(device_of(self.experiment.training))
         else:
             samples = desk.samples(run.method)
-            seconds["pairs"] = time.perf_counter() - start
+            seconds["pairs"] = time.process_time() - start
             training = self.experiment.training
             module = train(run.method, desk.backbone, samples, training, run.rate, job.seed, desk.work)
-            seconds["training"] = time.perf_counter() - start - seconds["pairs"]
-        start, scores = time.perf_counter(), {}
+            seconds["training"] = time.process_time() - start - seconds["pairs"]
+        start, scores = time.process_time(), {}
         margins, exams = desk.margins(run.part), desk.exams(run.part)
         strength = AdapterStrength(module.policy)
         for value in run.strengths:
             strength.set(value)
             scores[f"{value:g}"] = measure(module, exams, margins)
-        seconds["measuring"] = time.perf_counter() - start
+        seconds["measuring"] = time.process_time() - start
         _write(self.store.result(job, run), {"scores": scores, "seconds": seconds})
 
 
@@ -431,10 +431,11 @@ class Plan:
         seeds = self.experiment.seeds[: self.experiment.ablation_seeds]
         jobs = [self.base_job(seed, "ablation") for seed in seeds]
         for seed in seeds:
-            for world in self.experiment.ablation_worlds:
+            for world in self.experiment.world.names:
                 runs = [
                     run
                     for name in self.experiment.ablations
+                    if world in self.experiment.worlds_of(name)
                     for run in self.ablation_runs(world, name, choices).values()
                 ]
                 jobs += _by_pairs(seed, world, runs)
@@ -485,7 +486,7 @@ class Plan:
         return found
 
     def stages(self, choices: Mapping[tuple[str, str], Choice], workers: int) -> list[dict[str, Any]]:
-        """How long every stage took: the sum over its processes, and that divided by their number.
+        """How long every stage took: the processors' time, and that divided by the number of processes.
 
         Args:
             choices: of all methods.

@@ -90,7 +90,7 @@ def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
     ]
     for name, ablation in experiment.ablations.items():
         parts.append(f"### {ablation.title}\n\n{ablation.question}".strip())
-        for world in experiment.ablation_worlds:
+        for world in experiment.worlds_of(name):
             parts += [
                 f"Pairs from the {world} world:",
                 ablation_table(experiment, raw, world, name),

@@ -59,11 +59,13 @@ class Ablation:
         title: of the setting.
         values: what changes, by label, in the order of tables; an empty change is the method itself.
         question: what it asks.
+        worlds: names of the worlds that it is run in; None are the experiment's ``ablation_worlds``.
     """
 
     title: str
     values: dict[str, dict[str, Any]]
     question: str = ""
+    worlds: list[str] | None = None
 
     def methods(self, method: Method) -> dict[str, Method]:
         """The method with every value of the setting.
@@ -199,10 +201,20 @@ class Experiment:
             raise ValueError(f"Expected other seeds in `development` than in `seeds`, got {sorted(both)} in both.")
         if self.ablations and self.ablated not in self.methods:
             raise ValueError(f"Expected `ablated` to be one of {sorted(self.methods)}, got {self.ablated!r}.")
-        if unknown := set(self.ablation_worlds) - set(self.world.names):
-            raise ValueError(f"Expected `ablation_worlds` among {list(self.world.names)}, got {sorted(unknown)}.")
+        named = {world for name in self.ablations for world in self.worlds_of(name)} | set(self.ablation_worlds)
+        if unknown := named - set(self.world.names):
+            raise ValueError(f"Expected worlds of ablations among {list(self.world.names)}, got {sorted(unknown)}.")
         if not 0 <= self.ablation_seeds <= len(self.seeds):
             raise ValueError(f"Expected `ablation_seeds` from 0 to {len(self.seeds)}, got {self.ablation_seeds}.")
+
+    def worlds_of(self, ablation: str) -> list[str]:
+        """The worlds that an ablation is run in.
+
+        Args:
+            ablation: its name.
+        """
+        own = self.ablations[ablation].worlds
+        return self.ablation_worlds if own is None else own
 
 
 def read_experiment(recipe: str | Path, changes: Sequence[str] = ()) -> Experiment:

@@ -136,7 +136,7 @@ class DigitPairSettings:
     """
 
     tau: float = 0.95
-    top_k: int = 10
+    top_k: int = 5
     first_rank: int = 0
     mask_probability: float = 0.5
     level: Level = "segment"

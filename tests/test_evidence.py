@@ -162,7 +162,16 @@ def test_the_experiment_has_what_was_promised():
     experiment = read_experiment(DIGITS)
     assert len(set(experiment.seeds)) >= 12
     assert len(set(experiment.development)) >= 3
-    assert {"sft", "dpo", "mdpo", "rdpo_random", "rdpo", "rdpo_sft", "released"} <= experiment.methods.keys()
+    assert {
+        "sft",
+        "dpo",
+        "mdpo",
+        "rdpo_random",
+        "rdpo",
+        "rdpo_sft",
+        "rdpo_own",
+        "released",
+    } <= experiment.methods.keys()
     assert set(experiment.world.names) == {"skewed", "balanced"}
     weights = set(experiment.ablations["visual_weight"].values)
     assert {"0", "0.25", "0.5", "0.75", "1", "2"} <= weights
@@ -176,6 +185,19 @@ def test_an_ablation_changes_one_setting_and_keeps_the_others():
     assert made["0.5"].loss == {"sft_weight": 5.0, "beta": 0.1, "visual_weight": 0.5}
     assert made["k"].pairs == {"tau": 0.9, "top_k": 1}
     assert (made["e"].epochs, made["e"].loss) == (2.0, method.loss)
+
+
+def test_an_ablation_is_run_and_told_in_its_own_worlds(tmp_path):
+    experiment = read_experiment(DIGITS)
+    plan = Plan(Store(tmp_path, experiment))
+    choices = {
+        (world, name): Choice(1e-3, 1.0, 4, 9.0, 0.0) for world in experiment.world.names for name in experiment.methods
+    }
+    ran = {(run.name.partition("=")[0], job.world) for job in plan.ablation_jobs(choices) for run in job.runs}
+    assert {world for name, world in ran if name == "made_better"} == {"skewed", "balanced"}
+    assert {world for name, world in ran if name == "tau"} == {"skewed"}
+    with pytest.raises(ValueError, match=r"Expected worlds of ablations among .*'elsewhere'"):
+        replace(experiment, ablations={"a": Ablation("a", {"0": {}}, worlds=["elsewhere"])})
 
 
 @pytest.mark.parametrize(
