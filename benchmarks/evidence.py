@@ -42,7 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if not options.report:
         store = Store(options.work, experiment)
         store.claim(describe(options.recipe, changes))
-        run_all(Plan(store), options.workers)
+        with store.locked():
+            run_all(Plan(store), options.workers)
         write_raw(Plan(store), options.docs / "evidence", options.workers)
     write_page(experiment, options.docs, options.recipe)
 

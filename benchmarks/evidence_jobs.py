@@ -6,6 +6,7 @@ that an interrupted experiment goes on where it was, and loses a run at most.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -97,12 +98,28 @@ class Store:
             FileExistsError: if the folder holds results of another world.
         """
         path, world = self.folder / "world.json", json.loads(json.dumps(described["world"]))
+        if not path.is_file() and any(self.folder.glob("*/")):
+            raise FileExistsError(f"{self.folder} holds folders and does not say of which world. Give another --work.")
         if path.is_file() and (other := json.loads(path.read_text(encoding="utf-8"))) != world:
             raise FileExistsError(
                 f"{self.folder} holds results of another world: {other}, and this is {world}. Give another --work, or "
                 "remove it."
             )
         _write(path, world)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else works in the folder while the block runs.
+
+        Raises:
+            FileExistsError: if somebody does.
+        """
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileExistsError(f"Another experiment works in {self.folder}: wait for it.") from error
+            yield
 
     def policy(self, seed: int) -> Path:
         """Where a policy is."""
@@ -175,7 +192,7 @@ class Bench:
         start = time.process_time()
         seconds = {}
         if run.method is None:
-            untrained = Method("base", rule="sft")
+            untrained = Method(BASE, rule="sft")
             module = make_module(untrained, desk.backbone, self.experiment.training, 0.0, desk.work)
             module.configure_model()
             module.to(device_of(self.experiment.training))
@@ -486,7 +503,7 @@ class Plan:
         return found
 
     def stages(self, choices: Mapping[tuple[str, str], Choice], workers: int) -> list[dict[str, Any]]:
-        """How long every stage took: the processors' time, and that divided by the number of processes.
+        """What every stage took of the processors' time, and that divided by a number of processes.
 
         Args:
             choices: of all methods.
@@ -501,8 +518,10 @@ class Plan:
             ("ablations", self.ablation_jobs(choices)),
             ("strength of the adapter", self.dial_jobs(choices)),
         ):
-            alone = [single for job in jobs for single in job.singles()]
-            stages[title] = (len(alone), sum(sum(self._result(job)["seconds"].values()) for job in alone))
+            # The same settings under two names were run once.
+            alone = {self.store.result(one, *one.runs): one for job in jobs for one in job.singles()}
+            seconds = [sum(self._result(one)["seconds"].values()) for one in alone.values()]
+            stages[title] = (len(alone), sum(seconds))
         stages["all"] = (sum(runs for runs, _ in stages.values()), sum(seconds for _, seconds in stages.values()))
         return [
             {"stage": title, "runs": runs, "core minutes": seconds / 60, "minutes": seconds / 60 / workers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence_jobs import BASE
 from benchmarks.evidence_report import (
     AGAINST,
     Raw,
@@ -43,7 +44,7 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
         "![Differences of all methods to the base policy, with intervals](images/evidence_methods.png)",
         *(_world(experiment, raw, world) for world in experiment.world.names),
         _read(folder / "reading.md"),
-        "## What was chosen\n\nThe same grid for every method, on other policies and other images; the lowest "
+        f"## What was chosen\n\nThe same grid for every method, {experiment.world.chosen_on}; the lowest "
         f"{experiment.choosing.score} of what loses at most {experiment.choosing.most_lost:g} points of "
         f"{experiment.choosing.kept} on the mean, or what loses least.",
         choice_table(experiment, folder),
@@ -62,21 +63,27 @@ def _read(path: Path) -> str:
 
 def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
     """What does not hold comes first."""
-    failed = [verdict for verdict in verdicts if not verdict.holds]
-    held = [verdict for verdict in verdicts if verdict.holds]
-    count = len(experiment.seeds)
-    said = [f"Over {count} fresh policies, means of paired differences with Student's 95 % intervals."]
-    for title, group in (("**Not shown:**", failed), ("**Shown:**", held)):
+    groups = {
+        "**Not so:** the opposite is shown.": [verdict for verdict in verdicts if verdict.fails],
+        "**Not shown:**": [verdict for verdict in verdicts if not (verdict.holds or verdict.fails)],
+        "**Shown:**": [verdict for verdict in verdicts if verdict.holds],
+    }
+    policies = min(verdict.found.policies for verdict in verdicts)
+    said = [
+        f"Over {policies} {experiment.world.seeds_are}, means of paired differences with Student's 95 % intervals, "
+        f"each for itself: of {len(verdicts)}, one in twenty may lie beside the truth. What does not hold comes first."
+    ]
+    for title, group in groups.items():
         lines = [f"* {verdict.line(measure_of(experiment, verdict.claim.measure))}" for verdict in group]
         said.append("\n".join([title, "", *(lines or ["* nothing"])]))
-    return "\n\n".join([f"{said[0]} What does not hold comes first.", *said[1:]])
+    return "\n\n".join(said)
 
 
 def _world(experiment: Experiment, raw: Raw, world: str) -> str:
     parts = [f"### Pairs from the {world} world", method_table(experiment, raw, world)]
     for against in AGAINST:
-        if against in ("base", *experiment.methods):
-            title = "the base policy" if against == "base" else experiment.methods[against].title
+        if against in (BASE, *experiment.methods):
+            title = "the base policy" if against == BASE else experiment.methods[against].title
             parts += [f"Difference to {title}, bold where the interval is clear of zero:"]
             parts += [difference_table(experiment, raw, world, against)]
     return "\n\n".join(parts)
@@ -101,7 +108,8 @@ def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
 def _dials(sweeps: dict[str, Sweep]) -> list[str]:
     parts = [
         "## The price: hallucination against untouched skills\n\nUp is fewer hallucinations, right is more skill. "
-        "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations."
+        "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations. What is "
+        "suggested is read off these very scenes; nothing above was chosen so."
     ]
     for name, sweep in sweeps.items():
         parts.append(f"![{sweep.dial}, {name.rpartition('_')[2]} world](images/{name}.png)")

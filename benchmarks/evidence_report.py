@@ -41,7 +41,8 @@ def write_raw(plan: Plan, folder: Path, workers: int) -> None:
     _write_csv(folder / "methods.csv", _rows(plan, plan.method_jobs(choices)))
     if experiment.ablation_seeds:
         _write_csv(folder / "ablations.csv", _rows(plan, plan.ablation_jobs(choices)))
-        _write_csv(folder / "dial.csv", _rows(plan, plan.dial_jobs(choices)))
+    if dials := plan.dial_jobs(choices):
+        _write_csv(folder / "dial.csv", _rows(plan, dials))
     _write_csv(folder / "stages.csv", plan.stages(choices, workers))
 
 
@@ -91,8 +92,8 @@ class Raw:
     def __init__(self, path: Path, seeds: Sequence[int] | None = None) -> None:
         self.rows = [row for row in _read_csv(path) if seeds is None or int(row["seed"]) in seeds]
 
-    def values(self, world: str, method: str, key: str, strength: float | None = None) -> list[float]:
-        """A score of a method, one per seed in order.
+    def values(self, world: str, method: str, key: str, strength: float | None = None) -> dict[int, float]:
+        """A score of a method by seed.
 
         Args:
             world: name; the policy as it was taught is of none.
@@ -113,7 +114,7 @@ class Raw:
         }
         if not found:
             raise KeyError(f"no {key!r} of {method!r} in {world!r}")
-        return [found[seed] for seed in sorted(found)]
+        return found
 
 
 # ---- what is and is not shown
@@ -127,12 +128,14 @@ class Verdict(NamedTuple):
         world: name.
         found: paired difference, turned so that more is better.
         holds: whether the interval bears the claim out.
+        fails: whether it bears out the opposite.
     """
 
     claim: Claim
     world: str
     found: Estimate
     holds: bool
+    fails: bool
 
     def line(self, measure: Measure) -> str:
         """The sentence, with its numbers.
@@ -158,10 +161,22 @@ def judge(experiment: Experiment, raw: Raw) -> list[Verdict]:
 def _judge(experiment: Experiment, raw: Raw, claim: Claim, world: str) -> Verdict:
     measure = measure_of(experiment, claim.measure)
     sign = _sign(measure)
-    values, others = (raw.values(world, name, claim.measure) for name in (claim.method, claim.against))
-    found = difference([sign * value for value in values], [sign * value for value in others])
+    mean, half, policies = _compared(raw, world, claim.method, claim.against, claim.measure)
+    found = Estimate(sign * mean, half, policies)
     least = 0.0 if claim.at_most_lost is None else -claim.at_most_lost
-    return Verdict(claim, world, found, found.mean - found.half > least)
+    return Verdict(claim, world, found, found.mean - half > least, found.mean + half < least)
+
+
+def _compared(raw: Raw, world: str, name: str, against: str, key: str) -> Estimate:
+    """The paired difference of a method to another; both have to know the same policies."""
+    values, others = (raw.values(world, one, key) for one in (name, against))
+    if values.keys() != others.keys():
+        raise ValueError(f"Expected {key!r} of {name!r} and {against!r} for the same seeds, got {values}, {others}.")
+    return difference(list(values.values()), [others[seed] for seed in values])
+
+
+def _mean(raw: Raw, world: str, name: str, key: str, strength: float | None = None) -> Estimate:
+    return estimate(list(raw.values(world, name, key, strength).values()))
 
 
 def _sign(measure: Measure) -> float:
@@ -218,11 +233,11 @@ def difference_table(experiment: Experiment, raw: Raw, world: str, against: str)
 
 
 def _cell(raw: Raw, world: str, name: str, measure: Measure) -> str:
-    return estimate(raw.values(world, name, measure.key)).shown(measure.digits)
+    return _mean(raw, world, name, measure.key).shown(measure.digits)
 
 
 def _difference_cell(raw: Raw, world: str, name: str, against: str, measure: Measure) -> str:
-    found = difference(raw.values(world, name, measure.key), raw.values(world, against, measure.key))
+    found = _compared(raw, world, name, against, measure.key)
     text = found.shown(measure.digits, signed=True)
     return f"**{text}**" if found.is_clear else text
 
@@ -278,7 +293,7 @@ def choice_table(experiment: Experiment, folder: Path) -> str:
 
 
 def stage_table(folder: Path) -> str:
-    """Hours of every stage.
+    """Minutes of every stage.
 
     Args:
         folder: of the CSV files.
@@ -288,7 +303,7 @@ def stage_table(folder: Path) -> str:
         [row["stage"], row["runs"], *(f"{float(row[name]):.0f}" for name in minutes)]
         for row in _read_csv(folder / "stages.csv")
     ]
-    return markdown_table(["stage", "runs", "core minutes", "minutes"], rows, "lrrr")
+    return markdown_table(["stage", "runs", "core minutes", "minutes on all cores"], rows, "lrrr")
 
 
 # ---- pictures
@@ -315,7 +330,7 @@ def sweep_of(
     choosing = experiment.choosing
     found = []
     for value, (name, strength) in points.items():
-        score, skill = (estimate(raw.values(world, name, key, strength)) for key in (choosing.score, choosing.kept))
+        score, skill = (_mean(raw, world, name, key, strength) for key in (choosing.score, choosing.kept))
         found.append(Point(value, score.mean, skill.mean, score.half, skill.half))
     measure = measure_of(experiment, choosing.score)
     axes = Axis(measure.title, bool(measure.higher_is_better)), Axis(measure_of(experiment, choosing.kept).title)
@@ -338,11 +353,14 @@ def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Pa
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     names_of_worlds = experiment.world.names
     shifts = [0.28 * (place - (len(names_of_worlds) - 1) / 2) for place in range(len(names_of_worlds))]
-    looks = list(zip(names_of_worlds, (BLUE, VERMILION), ("o", "s"), shifts, strict=False))
+    colors, markers = (BLUE, VERMILION, INK), ("o", "s", "^")
+    looks = [
+        (world, shifts[place], colors[place % 3], markers[place % 3]) for place, world in enumerate(names_of_worlds)
+    ]
     for axes, key in zip(panels, keys, strict=True):
         measure = measure_of(experiment, key)
-        for world, color, marker, shift in looks:
-            found = [difference(raw.values(world, name, key), raw.values(world, BASE, key)) for name in names]
+        for world, shift, color, marker in looks:
+            found = [_compared(raw, world, name, BASE, key) for name in names]
             places = [place + shift for place in range(len(names))]
             means, halves = [one.mean for one in found], [one.half for one in found]
             style: dict[str, Any] = {"fmt": marker, "color": color, "ms": 5, "lw": 1.6, "label": f"{world} pairs"}
@@ -375,17 +393,18 @@ def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequ
         Sweeps by the name of the picture.
     """
     found: dict[str, Sweep] = {}
-    raw, ablations = Raw(folder / "dial.csv", seeds), Raw(folder / "ablations.csv", seeds)
-    base = estimate(ablations.values("", BASE, experiment.choosing.kept)).mean
-    for world in experiment.ablation_worlds:
+    ablations = Raw(folder / "ablations.csv", seeds)
+    raw = Raw(folder / "dial.csv", seeds) if experiment.dial else ablations
+    base = _mean(ablations, "", BASE, experiment.choosing.kept).mean
+    for world in experiment.ablation_worlds if experiment.dial else []:
         strengths = {value: ("dial", value) for value in experiment.dial}
         found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength")
-        for name in ("visual_weight", "sft_weight"):
-            if name in experiment.ablations:
-                points = {float(label): (f"{name}={label}", None) for label in experiment.ablations[name].values}
-                ordered = dict(sorted(points.items()))
-                title = experiment.ablations[name].title
-                found[f"evidence_{name}_{world}"] = sweep_of(experiment, ablations, world, ordered, title, base)
+    for name in ("visual_weight", "sft_weight"):
+        for world in experiment.worlds_of(name) if name in experiment.ablations else []:
+            points = {float(label): (f"{name}={label}", None) for label in experiment.ablations[name].values}
+            title = experiment.ablations[name].title
+            ordered = dict(sorted(points.items()))
+            found[f"evidence_{name}_{world}"] = sweep_of(experiment, ablations, world, ordered, title, base)
     for name, sweep in found.items():
         draw_sweep(sweep, pictures / f"{name}.png")
     return found

@@ -30,7 +30,7 @@ class Method:
         loss: arguments of :class:`~realign_lightning.losses.RDPOLoss`; for ``rule: sft`` there are none.
         negative: the image of the visual preference.
         pairs: arguments of the world's pairs that differ from its own, for example ``{"tau": 0.85}``.
-        epochs: how often the experiment's number of steps is made.
+        step_factor: of the experiment's number of steps.
         share: of the pairs that is used; the steps stay as many.
     """
 
@@ -39,7 +39,7 @@ class Method:
     loss: dict[str, Any] = field(default_factory=dict)
     negative: Negative = "retrieved"
     pairs: dict[str, Any] = field(default_factory=dict)
-    epochs: float = 1.0
+    step_factor: float = 1.0
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -47,8 +47,8 @@ class Method:
             raise ValueError(f"Expected no `loss` of {self.title!r}: SFT has no arguments, got {self.loss}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"Expected `share` of {self.title!r} in (0, 1], got {self.share}.")
-        if not self.epochs > 0:
-            raise ValueError(f"Expected `epochs` of {self.title!r} above 0, got {self.epochs}.")
+        if not self.step_factor > 0:
+            raise ValueError(f"Expected `step_factor` of {self.title!r} above 0, got {self.step_factor}.")
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,21 @@ class Experiment:
         named = {world for name in self.ablations for world in self.worlds_of(name)} | set(self.ablation_worlds)
         if unknown := named - set(self.world.names):
             raise ValueError(f"Expected worlds of ablations among {list(self.world.names)}, got {sorted(unknown)}.")
+        self._check_names()
         if not 0 <= self.ablation_seeds <= len(self.seeds):
             raise ValueError(f"Expected `ablation_seeds` from 0 to {len(self.seeds)}, got {self.ablation_seeds}.")
+
+    def _check_names(self) -> None:
+        """A name that is none must show now, not when all is trained."""
+        measures = {measure.key for measure in self.measures}
+        read = [*self.pictured, self.choosing.score, self.choosing.kept, *(claim.measure for claim in self.claims)]
+        compared = [name for claim in self.claims for name in (claim.method, claim.against)]
+        for title, names, known in (
+            ("measures", read, measures),
+            ("methods of claims", compared, {"base", *self.methods}),
+        ):
+            if unknown := set(names) - known:
+                raise ValueError(f"Expected {title} among {sorted(known)}, got {sorted(unknown)}.")
 
     def worlds_of(self, ablation: str) -> list[str]:
         """The worlds that an ablation is run in.

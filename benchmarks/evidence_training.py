@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -77,9 +79,14 @@ def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) 
         crop = CroppedNegative()
         samples = [crop(sample, sample_random(seed, 0, sample.key)) for sample in samples]
     return [
-        replace(backbone.encode_sample(sample), fingerprint=f"{dataset.fingerprint(row)}:{negative}:{seed}")
+        replace(backbone.encode_sample(sample), fingerprint=f"{dataset.fingerprint(row)}:{_shown(sample.retrieved)}")
         for row, sample in enumerate(samples)
     ]
+
+
+def _shown(image: Image.Image) -> str:
+    """Which image the visual preference compares with, whoever chose it."""
+    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
 def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:
@@ -188,7 +195,7 @@ def train(
         module.cache_reference(DataLoader(kept, 64, collate_fn=backbone.collate))  # type: ignore[arg-type]
     trainer = pl.Trainer(
         **training.trainer,
-        max_steps=round(training.steps * method.epochs),
+        max_steps=round(training.steps * method.step_factor),
         max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
@@ -226,8 +233,10 @@ def make_module(method: Method, backbone: Backbone, training: Training, rate: fl
     kind: type[RDPOModule] = RDPOModule
     reference: Any = "auto" if method.rule == "sft" else "cached"
     if method.rule == "released":
+        if not isinstance(backbone, DigitBackbone):
+            raise ValueError(f"Expected a DigitBackbone for `rule: released`, got {type(backbone).__name__}.")
         kind, reference = ReleasedRule, "adapter_off"
-        backbone = ReleasedBackbone(str(backbone.path))  # type: ignore[attr-defined]
+        backbone = ReleasedBackbone(str(backbone.path))
     return kind(
         backbone,
         loss,

@@ -44,9 +44,13 @@ class World(ABC):
 
     Attributes:
         names: of the kinds of pairs that every method is trained on, one after the other.
+        seeds_are: what differs from seed to seed, for the page.
+        chosen_on: on what hyper-parameters are chosen, for the page.
     """
 
     names: Sequence[str]
+    seeds_are: str = "seeds"
+    chosen_on: str = "with other seeds, on the questions of the validation part"
 
     def prepare(self, seed: int, folder: Path) -> Mapping[str, Any]:
         """Make what belongs to a seed, if there is anything to make.
@@ -226,6 +230,9 @@ class Digits(World):
         sizes: of measurements, by part.
     """
 
+    seeds_are = "fresh policies"
+    chosen_on = "on other policies and other handwriting"
+
     def __init__(
         self,
         skews: dict[str, float],
@@ -293,13 +300,24 @@ def build_pairs(source: DigitScenes, settings: DigitPairSettings, backbone: Back
     # Two jobs of a policy may want the same pairs.
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "index.json").is_file():
+        told = folder.with_name(f"{folder.name}.json")
+        wanted = json.loads(json.dumps(asdict(settings)))
+        if told.is_file():
+            _check_same(folder, json.loads(told.read_text(encoding="utf-8")), wanted)
+        else:
             report = settings.builder(seed).build(source, folder, Policy(backbone), show_progress=False)
             if not report.pairs:
                 raise ValueError(f"No pair came out for {settings}: {report.left_out}.")
+            write_json(told, {"pairs": report.pairs, "own": report.accepted_by_rank.get(-1, 0), **wanted})
             shutil.rmtree(folder.with_name(f"{folder.name}.work"))
-            write_json(folder.with_name(f"{folder.name}.json"), {"pairs": report.pairs, **asdict(settings)})
     return folder
+
+
+def _check_same(folder: Path, told: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse pairs that were built with other defaults."""
+    other = {name: told.get(name) for name, value in wanted.items() if told.get(name) != value}
+    if other:
+        raise ValueError(f"Expected pairs of {folder} with {wanted}, got {other}. Give another --work, or remove them.")
 
 
 class Prepared(World):

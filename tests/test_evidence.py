@@ -105,7 +105,8 @@ def write_methods(path, scores):
 
 def judged(experiment, path, *claims):
     measures = [Measure("CHAIRi", "CHAIRi", higher_is_better=False), Measure("skills", "skills")]
-    changed = replace(experiment, claims=list(claims), measures=measures, methods={"rdpo": experiment.methods["rdpo"]})
+    methods = {"rdpo": experiment.methods["rdpo"]}
+    changed = replace(experiment, claims=list(claims), measures=measures, methods=methods, pictured=["CHAIRi"])
     return changed, judge(changed, Raw(path))
 
 
@@ -126,6 +127,16 @@ def test_claims_hold_when_the_interval_of_the_paired_difference_says_so(experime
     assert "**-2.0 ± 1.3**" in difference_table(changed, Raw(tmp_path / "four.csv"), "balanced", BASE)
 
 
+def test_a_claim_whose_opposite_is_shown_is_told_apart_from_one_that_is_open(experiment, tmp_path):
+    """CHAIRi grows by 2, 1, 3, 2: the opposite is shown. Without the last two nothing is."""
+    claim = Claim("fewer", "rdpo", BASE, "CHAIRi")
+    base, worse = [(8, 90), (19, 90), (27, 90), (13, 90)], [(10, 90), (20, 90), (30, 90), (15, 90)]
+    write_methods(tmp_path / "four.csv", {BASE: base, "rdpo": worse})
+    write_methods(tmp_path / "two.csv", {BASE: base[:2], "rdpo": worse[:2]})
+    found = [judged(experiment, tmp_path / f"{name}.csv", claim)[1][0] for name in ("four", "two")]
+    assert [(verdict.holds, verdict.fails) for verdict in found] == [(False, True), (False, False)]
+
+
 def test_a_claim_to_keep_allows_the_loss_that_it_names_and_no_more(experiment, tmp_path):
     """Skills lose 0.2 to 0.4: mean 0.3, half 0.25. At most 0.5 is not shown, at most 0.6 is."""
     base, rdpo = [(10, 90), (10, 91), (10, 92)], [(10, 89.8), (10, 90.7), (10, 91.6)]
@@ -139,9 +150,15 @@ def test_scores_are_paired_by_seed_whatever_their_order(tmp_path):
     with (tmp_path / "raw.csv").open("w") as file:
         file.write("seed,world,method,rate,strength,CHAIRi\n2,w,a,0,1,20\n1,w,a,0,1,10\n1,w,b,0,1,11\n2,w,b,0,1,22\n")
     raw = Raw(tmp_path / "raw.csv")
-    assert (raw.values("w", "a", "CHAIRi"), raw.values("w", "b", "CHAIRi")) == ([10, 20], [11, 22])
+    assert (raw.values("w", "a", "CHAIRi"), raw.values("w", "b", "CHAIRi")) == ({1: 10, 2: 20}, {1: 11, 2: 22})
     with pytest.raises(KeyError, match="no 'CHAIRi' of 'c' in 'w'"):
         raw.values("w", "c", "CHAIRi")
+
+
+def test_methods_with_scores_of_other_policies_are_not_compared(experiment, tmp_path):
+    write_methods(tmp_path / "raw.csv", {BASE: [(10, 90), (20, 90)], "rdpo": [(8, 90)]})
+    with pytest.raises(ValueError, match="for the same seeds"):
+        judged(experiment, tmp_path / "raw.csv", Claim("fewer", "rdpo", BASE, "CHAIRi"))
 
 
 # ---- settings
@@ -179,12 +196,17 @@ def test_the_experiment_has_what_was_promised():
 
 def test_an_ablation_changes_one_setting_and_keeps_the_others():
     method = Method("m", loss={"sft_weight": 5.0, "beta": 0.1}, pairs={"tau": 0.9})
-    values = {"own": {}, "0.5": {"loss": {"visual_weight": 0.5}}, "k": {"pairs": {"top_k": 1}}, "e": {"epochs": 2.0}}
+    values = {
+        "own": {},
+        "0.5": {"loss": {"visual_weight": 0.5}},
+        "k": {"pairs": {"top_k": 1}},
+        "e": {"step_factor": 2.0},
+    }
     made = Ablation("a", values).methods(method)
     assert made["own"] == method
     assert made["0.5"].loss == {"sft_weight": 5.0, "beta": 0.1, "visual_weight": 0.5}
     assert made["k"].pairs == {"tau": 0.9, "top_k": 1}
-    assert (made["e"].epochs, made["e"].loss) == (2.0, method.loss)
+    assert (made["e"].step_factor, made["e"].loss) == (2.0, method.loss)
 
 
 def test_an_ablation_is_run_and_told_in_its_own_worlds(tmp_path):
@@ -205,7 +227,7 @@ def test_an_ablation_is_run_and_told_in_its_own_worlds(tmp_path):
     [
         ({"rule": "sft", "loss": {"beta": 1.0}}, "SFT has no arguments"),
         ({"share": 0.0}, "Expected `share`"),
-        ({"epochs": 0.0}, "Expected `epochs`"),
+        ({"step_factor": 0.0}, "Expected `step_factor`"),
     ],
 )
 def test_methods_that_make_no_sense_are_refused(settings, message):
@@ -233,6 +255,39 @@ def test_results_of_other_settings_are_never_taken_for_these(experiment, tmp_pat
     store.claim(describe(REDUCED, ["--experiment.training.steps=31"]))
     with pytest.raises(FileExistsError, match="another world"):
         store.claim(describe(REDUCED, ["--experiment.world.init_args.scenes=151"]))
+
+
+def test_a_folder_that_does_not_say_whose_it_is_and_one_in_use_are_refused(experiment, tmp_path):
+    (tmp_path / "policy_1").mkdir()
+    with pytest.raises(FileExistsError, match="does not say of which world"):
+        Store(tmp_path, experiment).claim(describe(REDUCED))
+    store = Store(tmp_path / "mine", experiment)
+    store.claim(describe(REDUCED))
+    refused = pytest.raises(FileExistsError, match="Another experiment works in")
+    with store.locked(), refused, store.locked():
+        pass
+    with store.locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pictured": ["CHAIRj"]},
+        {"claims": [Claim("text", "rdpo", "bass", "CHAIRi")]},
+        {"claims": [Claim("text", "rdpo", BASE, "CHAIRj")]},
+        {"choosing": Choosing([1e-3], [1.0], "CHAIRi", "skill", 0.5)},
+    ],
+)
+def test_names_that_are_none_show_before_anything_is_trained(experiment, changes):
+    with pytest.raises(ValueError, match=r"among .*, got \['(CHAIRj|bass|skill)'\]"):
+        replace(experiment, **changes)
+
+
+def test_pairs_that_were_built_otherwise_are_not_taken(pairs):
+    backbone = DigitBackbone()
+    with pytest.raises(ValueError, match=r"'tau': 0\.95"):
+        build_pairs(DigitScenes(30), DigitPairSettings(tau=0.9), backbone, 0, pairs / "near")
 
 
 # ---- worlds
@@ -291,7 +346,9 @@ def test_negatives_are_another_image_and_nothing_else_changes(pairs):
             assert not torch.equal(sample.retrieved["pixel_values"], sample.image["pixel_values"])
             changed += not torch.equal(sample.retrieved["pixel_values"], first.retrieved["pixel_values"])
         assert changed > 0.8 * len(own)
-        assert not {sample.fingerprint for sample in made} & {sample.fingerprint for sample in own}
+        for sample, first in zip(made, own, strict=True):
+            same = torch.equal(sample.retrieved["pixel_values"], first.retrieved["pixel_values"])
+            assert (sample.fingerprint == first.fingerprint) is same
 
 
 def test_later_ranks_are_images_that_resemble_less(pairs):

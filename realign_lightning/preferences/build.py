@@ -49,9 +49,10 @@ class PreferenceBuilder:
         seed: of what is drawn.
         max_side: store images with at most so many pixels on their longer side; None keeps their files as they are.
             Reducing them once, to what the policy's processor makes of them anyway, spares the loader most of its work.
-        own_mistakes: complete responses on the image itself first. What the policy gets wrong there, a mistake that it
-            would really make, becomes the rejected response, and the most similar image the pair's retrieved one. Where
-            it makes none, similar images follow.
+        own_mistakes: complete responses on the image itself first. What the policy says otherwise there, a mistake that
+            it would really make, becomes the rejected response, and the most similar image the pair's retrieved one.
+            Where it says the same, similar images follow. Only as good as the chosen responses: what differs from them
+            and is true all the same is refused where records name their objects and the gate has ``refuse_true``.
 
     Raises:
         ValueError: for numbers below 1.

@@ -52,7 +52,7 @@ class Completer:
     ``freeform`` asks for the completed text, as the paper does. ``infill`` asks for the blanks only and splices them
     into the chosen response, so that everything unmasked is verbatim. An engine that can be held to a form writes the
     blanks between the fixed words; any other lists them by number, and a list that does not fit is nonsense. A response
-    that is masked as a whole is simply asked for again: the original prompt, on the other image.
+    that is masked as a whole is simply asked for again: the original prompt, on the given image.
 
     Args:
         mode: ``freeform`` or ``infill``.
@@ -111,7 +111,7 @@ class Completer:
         Args:
             prompt: what the chosen response answers.
             masked: the chosen response and its spans.
-            image: the retrieved image.
+            image: the retrieved image, or the original itself.
             seed: of what is drawn.
         """
         masked = join_touching(masked)

@@ -1,4 +1,4 @@
-"""Steps 3 and 4 of building pairs together: retrieved images are tried in order until a completion is accepted."""
+"""Steps 3 and 4 of building pairs together: images are tried in order until a completion is accepted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class _Asked(NamedTuple):
 
 
 class Trials:
-    """Tries the retrieved images of many records at once, each record's one after the other.
+    """Tries the images of many records at once, each record's one after the other.
 
     In every round each open record has its next image tried, the questions of all of them in full batches; a record
     that is done makes room for another. No image is tried once one is accepted. Answers and similarities that the memos

@@ -73,7 +73,7 @@ class Draft:
         record: from the source; a chosen response that was generated is filled in.
         generated: whether the chosen response was.
         masked: the chosen response with its masks, where a rejected one is to be made.
-        tries: images that were tried, in order; the last one is the pair's retrieved image.
+        tries: images that were tried, in order; the last is the pair's retrieved image, whether it was tried or not.
         left_out: why there will be no pair.
     """
 

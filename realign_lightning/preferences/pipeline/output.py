@@ -25,7 +25,7 @@ from realign_lightning.data.publish import (
 from realign_lightning.data.shards import ShardWriter
 from realign_lightning.data.sources.images import read_unchanged
 from realign_lightning.preferences.accept import Scope
-from realign_lightning.preferences.pipeline.drafts import Draft, Try, still_open
+from realign_lightning.preferences.pipeline.drafts import OWN, Draft, Try, still_open
 from realign_lightning.preferences.pipeline.reading import Album
 from realign_lightning.preferences.pipeline.report import rounded
 from realign_lightning.preferences.pipeline.run import Run
@@ -172,7 +172,9 @@ class Output:
         if draft.masked is not None:
             spans = [{"start": span.start, "end": span.end, "kind": span.kind} for span in draft.masked.spans]
             found |= {"masked": draft.masked.render(self.mask_token), "spans": spans}
-            found["tried"] = [_told(one) for one in draft.tries]
+            tried = [one for one in draft.tries if one.attempt is not None]
+            found["tried"] = [_told(one) for one in tried]
+            found |= {"completed_on": "image"} if tried and tried[-1].rank == OWN else {}
         return found
 
     def _keep_card(self, staging: Path) -> None:

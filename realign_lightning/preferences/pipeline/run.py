@@ -177,7 +177,7 @@ class Run:
             return find_neighbours(queries, self.album, self._retriever, store, memo, self.shows)
 
     def complete(self, neighbours: Mapping[str, Sequence[Neighbour]]) -> None:
-        """Complete masked responses on similar images, in order of rank, until one is accepted.
+        """Complete masked responses on the image itself, if that is wanted, and on similar ones until one is accepted.
 
         Args:
             neighbours: of this rank's share, as :meth:`retrieve` returns them.
