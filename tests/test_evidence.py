@@ -284,6 +284,29 @@ def test_names_that_are_none_show_before_anything_is_trained(experiment, changes
         replace(experiment, **changes)
 
 
+def test_what_two_names_share_is_counted_once_in_the_time(experiment, tmp_path):
+    """Two ablations whose first value changes nothing, and one that changes beta: with the base three runs of a second."""
+    ablations = {"a": Ablation("a", {"as it is": {}}), "b": Ablation("b", {"0.1": {}, "1": {"loss": {"beta": 1.0}}})}
+    small = replace(
+        experiment, seeds=[1], development=[], methods={"rdpo": Method("rDPO")}, ablations=ablations, dial=[]
+    )
+    small = replace(small, claims=[])
+    plan = Plan(Store(tmp_path, small))
+    choices = {("balanced", "rdpo"): Choice(1e-3, 1.0, 1, 9.0, 0.0)}
+    for path in (plan.store.result(job, run) for job in plan.ablation_jobs(choices) for run in job.runs):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"seconds": {"training": 20.0, "measuring": 10.0}}))
+    for path in (plan.store.result(job, run) for job in plan.method_jobs(choices) for run in job.runs):
+        path.write_text(json.dumps({"seconds": {"measuring": 60.0}}))
+    plan.store.taught(1).parent.mkdir()
+    plan.store.taught(1).write_text(json.dumps({"seconds": 120.0}))
+    found = {row["stage"]: (row["runs"], row["core minutes"], row["minutes"]) for row in plan.stages(choices, 2)}
+    assert found["ablations"] == (3, 1.5, 0.75)
+    assert found["teaching policies"] == (1, 2.0, 1.0)
+    assert found["methods on fresh policies"] == (2, 2.0, 1.0)
+    assert found["all"] == (6, 5.5, 2.75)
+
+
 def test_pairs_that_were_built_otherwise_are_not_taken(pairs):
     backbone = DigitBackbone()
     with pytest.raises(ValueError, match=r"'tau': 0\.95"):
