@@ -285,12 +285,10 @@ def test_names_that_are_none_show_before_anything_is_trained(experiment, changes
 
 
 def test_what_two_names_share_is_counted_once_in_the_time(experiment, tmp_path):
-    """Two ablations whose first value changes nothing, and one that changes beta: with the base three runs of a second."""
+    """Two ablations whose first value changes nothing, and one value that changes beta: three runs with the base."""
     ablations = {"a": Ablation("a", {"as it is": {}}), "b": Ablation("b", {"0.1": {}, "1": {"loss": {"beta": 1.0}}})}
-    small = replace(
-        experiment, seeds=[1], development=[], methods={"rdpo": Method("rDPO")}, ablations=ablations, dial=[]
-    )
-    small = replace(small, claims=[])
+    small = replace(experiment, seeds=[1], development=[], ablations=ablations, dial=[], claims=[])
+    small = replace(small, methods={"rdpo": Method("rDPO")})
     plan = Plan(Store(tmp_path, small))
     choices = {("balanced", "rdpo"): Choice(1e-3, 1.0, 1, 9.0, 0.0)}
     for path in (plan.store.result(job, run) for job in plan.ablation_jobs(choices) for run in job.runs):
