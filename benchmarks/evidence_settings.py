@@ -27,7 +27,8 @@ class Method:
     Args:
         title: for tables.
         rule: what is computed.
-        loss: arguments of :class:`~realign_lightning.losses.RDPOLoss`; for ``rule: sft`` there are none.
+        loss: arguments of :class:`~realign_lightning.losses.RDPOLoss`, or for ``rule: sft`` of
+            :class:`~realign_lightning.losses.SFTLoss`.
         negative: the image of the visual preference.
         pairs: arguments of the world's pairs that differ from its own, for example ``{"tau": 0.85}``.
         step_factor: of the experiment's number of steps.
@@ -43,8 +44,8 @@ class Method:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rule == "sft" and self.loss:
-            raise ValueError(f"Expected no `loss` of {self.title!r}: SFT has no arguments, got {self.loss}.")
+        if self.rule == "sft" and self.loss.keys() - {"per"}:
+            raise ValueError(f"Expected nothing but `per` in `loss` of {self.title!r}, which is SFT; got {self.loss}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"Expected `share` of {self.title!r} in (0, 1], got {self.share}.")
         if not self.step_factor > 0:

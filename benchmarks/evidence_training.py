@@ -229,7 +229,7 @@ def make_module(method: Method, backbone: Backbone, training: Training, rate: fl
         rate: learning rate.
         work: folder of the reference's log-probs.
     """
-    loss: PreferenceLoss = SFTLoss() if method.rule == "sft" else RDPOLoss(**method.loss)
+    loss: PreferenceLoss = SFTLoss(**method.loss) if method.rule == "sft" else RDPOLoss(**method.loss)
     kind: type[RDPOModule] = RDPOModule
     reference: Any = "auto" if method.rule == "sft" else "cached"
     if method.rule == "released":

@@ -225,7 +225,7 @@ def test_an_ablation_is_run_and_told_in_its_own_worlds(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "sft", "loss": {"beta": 1.0}}, "SFT has no arguments"),
+        ({"rule": "sft", "loss": {"beta": 1.0}}, "nothing but `per`"),
         ({"share": 0.0}, "Expected `share`"),
         ({"step_factor": 0.0}, "Expected `step_factor`"),
     ],

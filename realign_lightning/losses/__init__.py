@@ -1,6 +1,7 @@
 """rDPO and its relatives, on plain log-probabilities; usable without the rest of the package."""
 
 from realign_lightning.losses.functional import (
+    LikelihoodPer,
     LossType,
     RDPOOutput,
     anchor_loss,
@@ -12,6 +13,7 @@ from realign_lightning.losses.functional import (
 from realign_lightning.losses.rdpo import PreferenceLoss, RDPOLoss, SFTLoss
 
 __all__ = [
+    "LikelihoodPer",
     "LossType",
     "PreferenceLoss",
     "RDPOLoss",

@@ -18,6 +18,11 @@ LossType = Literal["sigmoid", "ipo", "hinge"]
 arXiv 2309.06657)."""
 
 
+LikelihoodPer = Literal["token", "answer"]
+"""What a likelihood is taken per: ``token``, a response's mean, so that responses weigh alike, and a short one's tokens
+more than a long one's; ``answer``, its sum, so that all tokens weigh alike, as in usual SFT."""
+
+
 class RDPOOutput(NamedTuple):
     """What a preference loss returns, one value per example.
 
@@ -101,16 +106,30 @@ def anchor_loss(log_ratio: Tensor, beta: float = 0.1, delta: float = 0.0) -> Ten
     return -F.logsigmoid(beta * log_ratio - delta)
 
 
-def sft_loss(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """Negative log-likelihood per response token, the regulariser of RPO (arXiv 2404.19733, Eq. 2).
+def sft_loss(log_probs: Tensor, lengths: Tensor | None = None, per: LikelihoodPer = "token") -> Tensor:
+    """Negative log-likelihood of a response, per token the regulariser of RPO (arXiv 2404.19733, Eq. 2).
 
     Args:
         log_probs: (B,) summed log-probs of the chosen response.
-        lengths: (B,) its tokens.
+        lengths: (B,) its tokens; needed per token.
+        per: whether the mean of the response's tokens is taken, or their sum.
 
     Returns:
         (B,) losses.
+
+    Raises:
+        ValueError: for an unknown ``per``, and for ``token`` without lengths.
+
+    >>> import torch
+    >>> sft_loss(torch.tensor([-12.0]), torch.tensor([4])), sft_loss(torch.tensor([-12.0]), per="answer")
+    (tensor([3.]), tensor([12.]))
     """
+    if per == "answer":
+        return -log_probs
+    if per != "token":
+        raise ValueError(f"Expected `per` to be 'token' or 'answer', got {per!r}.")
+    if lengths is None:
+        raise ValueError("The likelihood per token is a mean over tokens: expected `lengths`, got None.")
     return -log_probs / lengths.clamp(min=1)
 
 
@@ -125,6 +144,7 @@ def rdpo_loss(
     sft_weight: float = 0.0,
     lengths: ResponseLengths | None = None,
     text_weight: float = 1.0,
+    sft_per: LikelihoodPer = "token",
 ) -> RDPOOutput:
     r"""rDPO: a text preference plus a visual preference (Re-Align, arXiv 2502.13146, Eq. 1).
 
@@ -144,8 +164,9 @@ def rdpo_loss(
         loss_type: see :func:`preference_loss`; applies to both preferences.
         anchor_weight: weight of :func:`anchor_loss`.
         sft_weight: weight of :func:`sft_loss` on the chosen response.
-        lengths: response tokens per view; needed by ``ipo`` and by ``sft_weight``.
+        lengths: response tokens per view; needed by ``ipo``, and by ``sft_weight`` per token.
         text_weight: weight of the first term.
+        sft_per: see :func:`sft_loss`.
 
     Returns:
         Losses and detached rewards (beta times the log-ratios) per example.
@@ -183,9 +204,7 @@ def rdpo_loss(
     if anchor_weight:
         losses = losses + anchor_weight * anchor_loss(chosen, beta)
     if sft_weight:
-        if lengths is None:
-            raise ValueError(f"sft_weight={sft_weight} is a mean over tokens: expected `lengths`, got None.")
-        losses = losses + sft_weight * sft_loss(policy.chosen, lengths.chosen)
+        losses = losses + sft_weight * sft_loss(policy.chosen, None if lengths is None else lengths.chosen, sft_per)
     return RDPOOutput(
         losses,
         beta * chosen.detach(),

@@ -6,7 +6,7 @@ from typing import get_args
 
 from torch import nn
 
-from realign_lightning.losses.functional import LossType, RDPOOutput, rdpo_loss, sft_loss
+from realign_lightning.losses.functional import LikelihoodPer, LossType, RDPOOutput, rdpo_loss, sft_loss
 from realign_lightning.types import VIEWS, LogProbs, ResponseLengths, ViewName, VisualWords
 
 
@@ -47,12 +47,14 @@ class RDPOLoss(PreferenceLoss):
         label_smoothing: probability in [0, 0.5) that a preference is the wrong way round; ``sigmoid`` only.
         loss_type: ``sigmoid``, ``ipo`` or ``hinge``.
         anchor_weight: weight of mDPO's anchor, at least 0.
-        sft_weight: weight of the chosen response's negative log-likelihood per token, at least 0.
+        sft_weight: weight of the chosen response's negative log-likelihood, at least 0.
         visual_words: ``masked`` compares only the words that were masked when the pair was built, beside image and
             retrieved image; ``all`` is Eq. 1, which also pushes down how an answer is worded, true as it may be of both
             images. Needs pairs that say what was masked.
         text_weight: weight of the preference for the chosen over the rejected response, at least 0; 0 leaves the visual
             preference alone, and no rejected response is scored.
+        sft_per: ``token`` takes the mean over the chosen response's tokens, ``answer`` their sum. Where answers of very
+            different lengths are mixed, as captions with yes and no, the mean favours the short ones.
 
     Raises:
         ValueError: for a value outside these bounds, and if all weights are 0.
@@ -73,8 +75,10 @@ class RDPOLoss(PreferenceLoss):
         sft_weight: float = 0.0,
         visual_words: VisualWords = "all",
         text_weight: float = 1.0,
+        sft_per: LikelihoodPer = "token",
     ) -> None:
         super().__init__()
+        _check_per("sft_per", sft_per)
         if not beta > 0:
             raise ValueError(f"Expected `beta` to be above 0, got {beta}.")
         for name, weight in (
@@ -105,6 +109,7 @@ class RDPOLoss(PreferenceLoss):
         self.sft_weight = sft_weight
         self.visual_words: VisualWords = visual_words
         self.text_weight = text_weight
+        self.sft_per: LikelihoodPer = sft_per
         unread = {"rejected": not text_weight, "visual": not visual_weight}
         self.views = tuple(view for view in VIEWS if not unread.get(view))
 
@@ -129,6 +134,7 @@ class RDPOLoss(PreferenceLoss):
             sft_weight=self.sft_weight,
             lengths=lengths,
             text_weight=self.text_weight,
+            sft_per=self.sft_per,
         )
 
     def extra_repr(self) -> str:
@@ -136,7 +142,7 @@ class RDPOLoss(PreferenceLoss):
         return (
             f"beta={self.beta}, visual_weight={self.visual_weight}, label_smoothing={self.label_smoothing}, "
             f"loss_type={self.loss_type!r}, anchor_weight={self.anchor_weight}, sft_weight={self.sft_weight}, "
-            f"visual_words={self.visual_words!r}, text_weight={self.text_weight}"
+            f"visual_words={self.visual_words!r}, text_weight={self.text_weight}, sft_per={self.sft_per!r}"
         )
 
 
@@ -144,19 +150,38 @@ class SFTLoss(PreferenceLoss):
     """Plain supervised fine-tuning on the chosen response, the control every preference method should beat.
 
     Scores the chosen view only and needs no reference.
+
+    Args:
+        per: ``token`` takes the mean over the response's tokens, ``answer`` their sum, so that all tokens weigh alike,
+            as in usual SFT.
+
+    Raises:
+        ValueError: for any other ``per``.
     """
 
     views: tuple[ViewName, ...] = ("chosen",)
     needs_reference = False
 
+    def __init__(self, per: LikelihoodPer = "token") -> None:
+        super().__init__()
+        _check_per("per", per)
+        self.per: LikelihoodPer = per
+
     def forward(
         self, policy: LogProbs, reference: LogProbs | None = None, lengths: ResponseLengths | None = None
     ) -> RDPOOutput:
-        """Negative log-likelihood per token of the chosen response.
+        """Negative log-likelihood of the chosen response.
 
         Raises:
-            ValueError: if ``lengths`` is missing.
+            ValueError: if ``lengths`` is missing and needed.
         """
-        if lengths is None:
-            raise ValueError("SFTLoss is a mean over tokens: expected `lengths`, got None.")
-        return RDPOOutput(sft_loss(policy.chosen, lengths.chosen))
+        return RDPOOutput(sft_loss(policy.chosen, None if lengths is None else lengths.chosen, self.per))
+
+    def extra_repr(self) -> str:
+        """The settings, for printing a module."""
+        return f"per={self.per!r}"
+
+
+def _check_per(name: str, per: str) -> None:
+    if per not in get_args(LikelihoodPer):
+        raise ValueError(f"Expected `{name}` to be one of {get_args(LikelihoodPer)}, got {per!r}.")

@@ -250,6 +250,26 @@ def test_missing_inputs_are_named():
         SFTLoss()(two_views)
 
 
+def test_per_answer_every_token_weighs_alike():
+    """Gradients of cross-entropy summed over the tokens of answers of 2 and 5; per token those of the two means."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    labels, lengths = torch.randint(11, (7,)), torch.tensor([2, 5])
+    chosen = torch.stack([part.sum() for part in logits.log_softmax(-1)[range(7), labels].split([2, 5])])
+    means = torch.nn.functional.cross_entropy(logits, labels, reduction="none").split([2, 5])
+    for per, expected in (("answer", sum(part.sum() for part in means)), ("token", sum(part.mean() for part in means))):
+        (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        zeros = LogProbs(torch.zeros(2, dtype=torch.float64))
+        alone = RDPOLoss(text_weight=0, visual_weight=0, sft_weight=3.0, sft_per=per)
+        weighed = alone(LogProbs(chosen), zeros, ResponseLengths(lengths)).losses.sum() / 3
+        for found in (SFTLoss(per)(LogProbs(chosen), lengths=ResponseLengths(lengths)).losses.sum(), weighed):
+            torch.testing.assert_close(torch.autograd.grad(found, logits, retain_graph=True)[0], wanted)
+    assert SFTLoss("answer")(LogProbs(torch.tensor([-12.0]))).losses.item() == 12.0
+    for make in (lambda: SFTLoss("batch"), lambda: RDPOLoss(sft_per="batch")):
+        with pytest.raises(ValueError, match="'batch'"):
+            make()
+
+
 def test_text_weight_zero_is_the_visual_preference_alone():
     """By hand: beta 0.1, log-ratios 3 and -2 of the chosen response beside both images, so -log sigmoid(0.5)."""
     policy = LogProbs(torch.tensor([-5.0]), None, torch.tensor([-10.0]))
