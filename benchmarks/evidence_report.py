@@ -394,9 +394,9 @@ def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequ
     """
     found: dict[str, Sweep] = {}
     ablations = Raw(folder / "ablations.csv", seeds)
-    raw = Raw(folder / "dial.csv", seeds) if experiment.dial else ablations
     base = _mean(ablations, "", BASE, experiment.choosing.kept).mean
     for world in experiment.ablation_worlds if experiment.dial else []:
+        raw = Raw(folder / "dial.csv", seeds)
         strengths = {value: ("dial", value) for value in experiment.dial}
         found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength")
     for name in ("visual_weight", "sft_weight"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.evidence_settings import Method, Negative, Training
 from realign_lightning.backbones import Backbone, LoRA
+from realign_lightning.backbones.files import hash_bytes
 from realign_lightning.data import CroppedNegative, ShardDataset
 from realign_lightning.data.transform import sample_random
 from realign_lightning.demos import DigitBackbone
@@ -79,14 +78,12 @@ def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) 
         crop = CroppedNegative()
         samples = [crop(sample, sample_random(seed, 0, sample.key)) for sample in samples]
     return [
-        replace(backbone.encode_sample(sample), fingerprint=f"{dataset.fingerprint(row)}:{_shown(sample.retrieved)}")
+        replace(
+            backbone.encode_sample(sample),
+            fingerprint=f"{dataset.fingerprint(row)}:{hash_bytes(sample.retrieved.tobytes())}",
+        )
         for row, sample in enumerate(samples)
     ]
-
-
-def _shown(image: Image.Image) -> str:
-    """Which image the visual preference compares with, whoever chose it."""
-    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
 def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:

@@ -30,6 +30,7 @@ from realign_lightning.preferences import (
 )
 from realign_lightning.preferences.completing import Mode
 from realign_lightning.preferences.masking.base import Level
+from realign_lightning.preferences.pipeline.drafts import OWN
 
 Part = Literal["validation", "test", "ablation"]
 """What is measured on: the scenes that choose hyper-parameters, those that results are about, fewer of the latter."""
@@ -308,7 +309,7 @@ def build_pairs(source: DigitScenes, settings: DigitPairSettings, backbone: Back
             report = settings.builder(seed).build(source, folder, Policy(backbone), show_progress=False)
             if not report.pairs:
                 raise ValueError(f"No pair came out for {settings}: {report.left_out}.")
-            write_json(told, {"pairs": report.pairs, "own": report.accepted_by_rank.get(-1, 0), **wanted})
+            write_json(told, {"pairs": report.pairs, "own": report.accepted_by_rank.get(OWN, 0), **wanted})
             shutil.rmtree(folder.with_name(f"{folder.name}.work"))
     return folder
 
