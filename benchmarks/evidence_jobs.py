@@ -135,7 +135,7 @@ class Store:
 
     def result(self, job: Job, run: Run) -> Path:
         """The file of a run."""
-        method = None if run.method is None else {**asdict(run.method), "title": ""}
+        method = None if run.method is None else run.method.settings()
         parts = [method, run.rate, run.strengths, run.part, asdict(self.experiment.training)]
         # The policy as it was taught has seen no pairs.
         own = [] if method is None else [job.world, job.pairs]
@@ -217,7 +217,7 @@ class _Desk:
 
     def __init__(self, store: Store, job: Job) -> None:
         self._store, self._job = store, job
-        self._samples: dict[str, list[EncodedSample]] = {}
+        self._samples: dict[tuple[str, bool], list[EncodedSample]] = {}
         self._margins: dict[Part, list[EncodedSample]] = {}
         self._exams: dict[Part, list[Exam]] = {}
         self.work = store.folder / f"work_{job.seed}"
@@ -233,9 +233,12 @@ class _Desk:
         return world.pairs(job.world, job.pairs, self.backbone, job.seed, place)
 
     def samples(self, method: Method) -> list[EncodedSample]:
-        if method.negative not in self._samples:
-            self._samples[method.negative] = read_pairs(self._folder, self.backbone, method.negative, self._job.seed)
-        return self._samples[method.negative]
+        wanted = method.negative, method.balanced
+        if wanted not in self._samples:
+            self._samples[wanted] = read_pairs(
+                self._folder, self.backbone, method.negative, self._job.seed, method.balanced
+            )
+        return self._samples[wanted]
 
     def exams(self, part: Part) -> list[Exam]:
         if part not in self._exams:
@@ -359,6 +362,7 @@ class Choice:
         tried: how many points of the grid there were.
         score: of the choice, on the mean over policies.
         lost: of what was to be kept.
+        reached: whether the method gains what it is to gain.
     """
 
     rate: float
@@ -366,6 +370,7 @@ class Choice:
     tried: int
     score: float
     lost: float
+    reached: bool = True
 
 
 class Plan:
@@ -411,13 +416,11 @@ class Plan:
             by_seed = [self._grid_scores(seed, world, run) for seed in self.experiment.development]
             for place, strength in enumerate(choosing.strengths):
                 score = fmean([scores[place][choosing.score] for scores in by_seed])
-                lost = fmean(
-                    [
-                        first[choosing.kept] - scores[place][choosing.kept]
-                        for first, scores in zip(base, by_seed, strict=True)
-                    ]
-                )
-                found.append(Choice(run.rate, strength, 0, score, lost))
+                here = [scores[place] for scores in by_seed]
+                lost = -_gain(choosing.kept, base, here)
+                gains = self.experiment.methods[name].gains
+                reached = all(_gain(key, base, here) >= least for key, least in gains.items())
+                found.append(Choice(run.rate, strength, 0, score, lost, reached))
         return choose(found, choosing)
 
     def _grid_scores(self, seed: int, world: str, run: Run) -> list[dict[str, float]]:
@@ -530,7 +533,9 @@ class Plan:
 
 
 def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
-    """The lowest score of those that keep enough; if none does, what keeps most.
+    """The lowest score of those that keep enough and gain what is asked of them.
+
+    If none gains it, the lowest of those that keep enough; if none keeps enough, what keeps most.
 
     Args:
         found: at least one.
@@ -538,7 +543,14 @@ def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
     """
     allowed = [choice for choice in found if choice.lost <= choosing.most_lost]
     best = min(allowed, key=lambda choice: choice.score) if allowed else min(found, key=lambda choice: choice.lost)
-    return Choice(best.rate, best.strength, len(found), best.score, best.lost)
+    if reached := [choice for choice in allowed if choice.reached]:
+        best = min(reached, key=lambda choice: choice.score)
+    return replace(best, tried=len(found))
+
+
+def _gain(key: str, base: Sequence[Mapping[str, float]], found: Sequence[Mapping[str, float]]) -> float:
+    """How much more of a score there is than before, on the mean over policies."""
+    return fmean([scores[key] - first[key] for first, scores in zip(base, found, strict=True)])
 
 
 def _by_pairs(seed: int, world: str, runs: Sequence[Run]) -> list[Job]:

@@ -61,7 +61,9 @@ class EncodedPairs(pl.LightningDataModule):
         )
 
 
-def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) -> list[EncodedSample]:
+def read_pairs(
+    folder: Path, backbone: Backbone, negative: Negative, seed: int, balanced: bool = False
+) -> list[EncodedSample]:
     """The pairs of a folder, with the negative image that a method wants.
 
     Args:
@@ -69,9 +71,14 @@ def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) 
         backbone: encodes.
         negative: see :data:`~benchmarks.evidence_settings.Negative`.
         seed: of what is drawn.
+        balanced: leave out answers that turn one way more often than the other.
     """
     dataset = ShardDataset(str(folder), backbone)
-    samples = [dataset.decode(row) for row in range(len(dataset))]
+    rows = list(range(len(dataset)))
+    samples = [dataset.decode(row) for row in rows]
+    if balanced:
+        rows = balanced_flips(samples, seed)
+        samples = [samples[row] for row in rows]
     if negative == "random":
         samples = _with_random_negatives(samples, seed)
     if negative == "crop":
@@ -82,8 +89,28 @@ def read_pairs(folder: Path, backbone: Backbone, negative: Negative, seed: int) 
             backbone.encode_sample(sample),
             fingerprint=f"{dataset.fingerprint(row)}:{hash_bytes(sample.retrieved.tobytes())}",
         )
-        for row, sample in enumerate(samples)
+        for row, sample in zip(rows, samples, strict=True)
     ]
+
+
+def balanced_flips(samples: Sequence[PreferenceSample], seed: int) -> list[int]:
+    """The rows of pairs without those that turn yes to no, or no to yes, more often than the other way.
+
+    A policy that says yes too often gives more rejected yes than rejected no; to train on all of them teaches it to say
+    no, whatever is asked.
+
+    Args:
+        samples: pairs.
+        seed: of what is left out.
+
+    Returns:
+        In order; all pairs that turn neither way.
+    """
+    said = [tuple(text.split(maxsplit=1)[0].strip(".,").lower() for text in (s.chosen, s.rejected)) for s in samples]
+    to_no, to_yes = ([row for row, one in enumerate(said) if one == way] for way in (("no", "yes"), ("yes", "no")))
+    more, fewer = (to_no, to_yes) if len(to_no) > len(to_yes) else (to_yes, to_no)
+    left_out = set(random.Random(seed).sample(more, len(more) - len(fewer)))
+    return [row for row in range(len(samples)) if row not in left_out]
 
 
 def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:

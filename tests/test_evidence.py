@@ -86,6 +86,35 @@ def test_a_choice_is_the_lowest_score_that_keeps_enough(found, expected):
     assert chosen.tried == len(found)
 
 
+def test_a_choice_gains_what_is_asked_of_its_method(experiment, tmp_path):
+    """Two policies gain 1 and 4 points of recall at strength 0.5, 3 and 0 at 1.0, where they hallucinate less."""
+    by_strength = {0.5: (6.0, [1.0, 4.0]), 1.0: (5.0, [3.0, 0.0])}
+    choosing = Choosing([1e-3], list(by_strength), "CHAIRi", "skills", most_lost=0.5)
+    small = replace(experiment, development=[8, 9], choosing=choosing, claims=[])
+
+    def chosen(gains):
+        plan = Plan(Store(tmp_path, replace(small, methods={"rdpo": Method("rDPO", gains=gains)})))
+        for job in (single for several in plan.grid_jobs() for single in several.singles()):
+            (run,) = job.runs
+            scores = {"1": {"CHAIRi": 9.0, "CHAIR recall": 80.0, "skills": 70.0}}
+            if run.method is not None:
+                scores = {
+                    f"{strength:g}": {"CHAIRi": score, "CHAIR recall": 80.0 + gained[job.seed - 8], "skills": 70.0}
+                    for strength, (score, gained) in by_strength.items()
+                }
+            plan.store.result(job, run).parent.mkdir(exist_ok=True)
+            plan.store.result(job, run).write_text(json.dumps({"scores": scores}))
+        return plan.choices()[small.world.names[0], "rdpo"].strength
+
+    assert chosen({}) == 1.0
+    assert chosen({"CHAIR recall": 1.5}) == 1.0
+    assert chosen({"CHAIR recall": 2.0}) == 0.5
+    # Nothing gains so much: the lowest score, as without.
+    assert chosen({"CHAIR recall": 3.0}) == 1.0
+    with pytest.raises(ValueError, match=r"Expected measures among .*'recal'"):
+        replace(small, methods={"rdpo": Method("rDPO", gains={"recal": 1.0})})
+
+
 # ---- claims and tables
 
 
