@@ -25,6 +25,7 @@ from realign_lightning.evaluation.base import Benchmark
 from realign_lightning.evaluation.images import load_image
 from realign_lightning.losses import PreferenceLoss, RDPOLoss, SFTLoss
 from realign_lightning.modules import RDPOModule
+from realign_lightning.preferences import surplus_answers
 from realign_lightning.scoring import score
 from realign_lightning.types import EncodedSample, LogProbs, PreferenceBatch, PreferenceSample, ViewName
 
@@ -77,7 +78,8 @@ def read_pairs(
     rows = list(range(len(dataset)))
     samples = [dataset.decode(row) for row in rows]
     if balanced:
-        rows = balanced_flips(samples, seed)
+        surplus = surplus_answers([(sample.chosen, sample.rejected) for sample in samples], seed)
+        rows = sorted(set(rows) - set(surplus))
         samples = [samples[row] for row in rows]
     if negative == "random":
         samples = _with_random_negatives(samples, seed)
@@ -91,26 +93,6 @@ def read_pairs(
         )
         for row, sample in zip(rows, samples, strict=True)
     ]
-
-
-def balanced_flips(samples: Sequence[PreferenceSample], seed: int) -> list[int]:
-    """The rows of pairs without those that turn yes to no, or no to yes, more often than the other way.
-
-    A policy that says yes too often gives more rejected yes than rejected no; to train on all of them teaches it to say
-    no, whatever is asked.
-
-    Args:
-        samples: pairs.
-        seed: of what is left out.
-
-    Returns:
-        In order; all pairs that turn neither way.
-    """
-    said = [tuple(text.split(maxsplit=1)[0].strip(".,").lower() for text in (s.chosen, s.rejected)) for s in samples]
-    to_no, to_yes = ([row for row, one in enumerate(said) if one == way] for way in (("no", "yes"), ("yes", "no")))
-    more, fewer = (to_no, to_yes) if len(to_no) > len(to_yes) else (to_yes, to_no)
-    left_out = set(random.Random(seed).sample(more, len(more) - len(fewer)))
-    return [row for row in range(len(samples)) if row not in left_out]
 
 
 def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:

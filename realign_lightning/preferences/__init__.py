@@ -1,6 +1,7 @@
 """Dual-preference data from good answers: mask, retrieve, induce, accept."""
 
 from realign_lightning.preferences.accept import Gate, SentenceSimilarity, Similarity, Verdict, WordOverlap
+from realign_lightning.preferences.balance import surplus_answers
 from realign_lightning.preferences.build import PreferenceBuilder
 from realign_lightning.preferences.completing import Completer, Completion
 from realign_lightning.preferences.mask import (
@@ -76,4 +77,5 @@ __all__ = [
     "find_claims",
     "perceptual_hash",
     "read_marks",
+    "surplus_answers",
 ]

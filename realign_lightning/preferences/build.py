@@ -53,6 +53,9 @@ class PreferenceBuilder:
             it would really make, becomes the rejected response, and the most similar image the pair's retrieved one.
             Where it says the same, similar images follow. Only as good as the chosen responses: what differs from them
             and is true all the same is refused where records name their objects and the gate has ``refuse_true``.
+        balance_answers: leave out pairs, at random, until yes is rejected for no as often as no for yes. A policy that
+            says yes too readily gives more of the one than of the other, and learns from them to say no, whatever is
+            asked. Of English answers that begin with yes or no.
 
     Raises:
         ValueError: for numbers below 1.
@@ -71,6 +74,7 @@ class PreferenceBuilder:
         seed: int = 0,
         max_side: int | None = None,
         own_mistakes: bool = False,
+        balance_answers: bool = False,
     ) -> None:
         for name, count in {"batches": batches, "samples_per_shard": samples_per_shard, "max_side": max_side}.items():
             if count is not None and count < 1:
@@ -85,6 +89,7 @@ class PreferenceBuilder:
             batches,
             seed,
             own_mistakes,
+            balance_answers,
         )
         self.samples_per_shard = samples_per_shard
         self.max_side = max_side
@@ -142,6 +147,7 @@ class PreferenceBuilder:
                 run.respond()
                 run.mask()
                 run.complete(run.retrieve())
+                run.balance()
             finally:
                 run.close()
             if rank_and_world_size()[0] == 0:

@@ -18,7 +18,7 @@ from realign_lightning.data.schema import decode_sample
 from realign_lightning.data.sources import ImageFile, ImageFolder, SourceProblem
 from realign_lightning.engines import Answer, EngineError, Policy
 from realign_lightning.journal import read_journal
-from realign_lightning.preferences import Gate, WordOverlap
+from realign_lightning.preferences import Gate, LexiconMasker, WordOverlap
 from tests.conftest import alone
 from tests.preferences.building import (
     Eyes,
@@ -141,6 +141,37 @@ def test_own_mistakes_are_told_in_the_index_and_only_where_they_were_taken(tmp_p
         builder(own_mistakes=own).build(Listed(*map(record, range(4))), tmp_path / f"{own}")
     told = [json.loads((tmp_path / f"{own}" / "index.json").read_text()) for own in (False, True)]
     assert [one["built_with"]["stages"].get("own_mistakes") for one in told] == [None, True]
+
+
+def test_a_rejected_yes_becomes_as_frequent_as_a_rejected_no(tmp_path):
+    """A yes is rejected six times, a no twice; what turns neither way stays."""
+    neither = [("yes, at left", "yes, at right"), ("a dog.", "a cat.")]
+    said = [("No.", "Yes, it is.")] * 6 + [("Yes.", "no")] * 2 + neither
+    rows = [record(number, chosen=chosen, rejected=rejected) for number, (chosen, rejected) in enumerate(said)]
+    output = tmp_path / "pairs"
+    report = builder(balance_answers=True).build(Listed(*rows), output)
+    kept = [sample.chosen for sample in samples_of(output).values()]
+    assert sorted(kept) == ["No."] * 2 + ["Yes."] * 2 + ["a dog.", "yes, at left"]
+    assert (report.pairs, report.left_out, report.faults) == (6, {"too many of this answer": 4}, 0)
+    told = problems_of(output).values()
+    assert [one["reason"] for one in told] == ["too many of this answer"] * 4
+    assert json.loads((output / "index.json").read_text())["built_with"]["stages"]["balance_answers"] is True
+    drawn = set()
+    for seed in range(8):
+        builder(balance_answers=True, seed=seed).build(Listed(*rows), output, overwrite=True)
+        drawn.add(tuple(samples_of(output)))
+    assert len(drawn) > 1, "which ones stay is drawn"
+    assert builder().build(Listed(*rows), tmp_path / "all").pairs == 10
+
+
+def test_answers_that_are_made_are_balanced_too(tmp_path):
+    """The policy says yes to every question: nothing is left of these, as no is never rejected for yes."""
+    eyes = Eyes(wrong=lambda number, prompt: None if "[MASK]" in prompt else Answer("Yes."))
+    rows = [record(number, chosen="no") for number in range(4)] + [record(number) for number in range(4, 8)]
+    masker = LexiconMasker({"object": ["no", *map(colour, range(12))]})
+    report = builder(eyes, masker=masker, balance_answers=True).build(Listed(*rows), tmp_path / "pairs")
+    assert report.left_out == {"too many of this answer": 4}
+    assert sorted(samples_of(tmp_path / "pairs")) == [f"record{number:03d}" for number in range(4, 8)]
 
 
 def test_what_a_record_has_is_kept_and_what_it_lacks_is_built(tmp_path):

@@ -21,7 +21,9 @@ Fault = Literal[
 ]
 """Why a record gave no pair although it should have."""
 
-Ordinary = Literal["answer not usable", "nothing to mask", "no similar image", "no completion accepted"]
+Ordinary = Literal[
+    "answer not usable", "nothing to mask", "no similar image", "no completion accepted", "too many of this answer"
+]
 """Why a record gave no pair, as some do in every build."""
 
 
@@ -92,6 +94,12 @@ class Draft:
     def completed(self) -> Attempt | None:
         """The last completion; that of a pair is its rejected response. None where none was tried."""
         return next((one.attempt for one in reversed(self.tries) if one.attempt is not None), None)
+
+    @property
+    def rejected(self) -> str | None:
+        """The rejected response, given or made; None where there is none yet."""
+        made = self.completed
+        return self.record.rejected if self.record.rejected is not None or made is None else made.text
 
     @property
     def lacks_pair(self) -> bool:

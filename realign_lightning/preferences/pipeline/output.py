@@ -148,11 +148,9 @@ class Output:
     def _write_pair(self, writer: ShardWriter, draft: Draft, album: Album) -> None:
         record = draft.record
         retrieved = record.retrieved or album.files[draft.tries[-1].image_id]
-        attempt = draft.completed
-        rejected = record.rejected if record.rejected is not None else attempt.text if attempt is not None else ""
         facts = {**record.facts, **self._provenance(draft, retrieved.image_id)}
         image, other = (read_unchanged(file, album.contents[file.image_id]) for file in (record.image, retrieved))
-        pair = Pair(record.key, record.prompt, record.chosen or "", rejected or "", image, other, facts)
+        pair = Pair(record.key, record.prompt, record.chosen or "", draft.rejected or "", image, other, facts)
         writer.write(sample_of(pair), pair.image, pair.retrieved)
 
     def _provenance(self, draft: Draft, retrieved_id: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from realign_lightning.engines.local import LocalEngine
 from realign_lightning.engines.memo import Memo, content_key
 from realign_lightning.engines.policy import Policy
 from realign_lightning.preferences.accept import Gate
+from realign_lightning.preferences.balance import surplus_answers
 from realign_lightning.preferences.completing import Completer
 from realign_lightning.preferences.mask import LLMMasker, Masker
 from realign_lightning.preferences.pipeline.drafts import OWN, Draft, LeftOut, Try, still_open
@@ -50,6 +51,7 @@ class Stages:
         batches: records that are tried at a time, in batches of the engine.
         seed: of what is drawn.
         own_mistakes: whether responses are completed on the image itself before similar ones.
+        balance_answers: whether yes turns into no as often as no into yes.
     """
 
     masker: Masker
@@ -61,6 +63,7 @@ class Stages:
     batches: int
     seed: int
     own_mistakes: bool = False
+    balance_answers: bool = False
 
     @property
     def engines(self) -> list[Engine]:
@@ -192,6 +195,15 @@ class Run:
             found |= self._try(self.trials(neighbours))
         self._finish(found, short)
 
+    def balance(self) -> None:
+        """Leave out yes and no that are too many, if that is wanted."""
+        if not self.stages.balance_answers:
+            return
+        drafts = list(still_open(self.drafts))
+        pairs = [(draft.record.chosen or "", draft.rejected or "") for draft in drafts]
+        for row in surplus_answers(pairs, self.stages.seed):
+            drafts[row].leave_out("too many of this answer", drafts[row].record.chosen or "")
+
     def trials(self, neighbours: Mapping[str, Sequence[Neighbour]]) -> list[Trial]:
         """What is to be tried for this rank's share of :meth:`unfinished`.
 
@@ -245,6 +257,8 @@ class Run:
             found |= {"masker": dict(stages.masker.identity), "completer": dict(stages.completer.identity)}
             found["gate"] = dict(stages.gate.identity)
             found |= {"own_mistakes": True} if stages.own_mistakes else {}
+        if stages.balance_answers:
+            found["balance_answers"] = True
         if self._has_retrieved:
             found |= self._neighbourhood
         return {**found, "seed": stages.seed}
