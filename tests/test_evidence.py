@@ -275,10 +275,12 @@ def test_results_of_other_settings_are_never_taken_for_these(experiment, tmp_pat
         store.result(job, replace(run, strengths=(0.5,))),
         store.result(job, replace(run, part="validation")),
         store.result(job, replace(run, method=Method("title", loss={"beta": 0.2}))),
+        store.result(job, replace(run, method=Method("title", balanced=True))),
         Store(tmp_path, replace(experiment, training=Training(31, 16, 8))).result(job, run),
     ]
     assert len({store.result(job, run), *other}) == len(other) + 1
-    assert store.result(job, replace(run, name="b", method=Method("renamed"))) == store.result(job, run)
+    renamed = Method("renamed", gains={"CHAIR recall": 1.0})
+    assert store.result(job, replace(run, name="b", method=renamed)) == store.result(job, run)
     described = describe(REDUCED)
     store.claim(described)
     store.claim(describe(REDUCED, ["--experiment.training.steps=31"]))
@@ -419,6 +421,25 @@ def test_later_ranks_are_images_that_resemble_less(pairs):
 
 
 # ---- the released rule
+
+
+def test_balanced_pairs_turn_as_many_answers_to_yes_as_to_no(pairs):
+    backbone = DigitBackbone()
+    folder = pairs / "near"
+    stored = ShardDataset(str(folder), backbone)
+    texts = {sample.key: (sample.chosen, sample.rejected) for sample in map(stored.decode, range(len(stored)))}
+
+    def turns(samples):
+        said = [tuple(text.split()[0] for text in texts[sample.key]) for sample in samples]
+        return said.count(("no", "yes")), said.count(("yes", "no"))
+
+    every, kept = (read_pairs(folder, backbone, "retrieved", 0, balanced) for balanced in (False, True))
+    to_no, to_yes = turns(every)
+    assert to_no != to_yes, "nothing would be left out"
+    assert turns(kept) == (min(to_no, to_yes),) * 2
+    assert len(every) - len(kept) == abs(to_no - to_yes)
+    known = {sample.key: sample.fingerprint for sample in every}
+    assert all(known[sample.key] == sample.fingerprint for sample in kept)
 
 
 def test_the_released_rule_reads_the_best_token_that_is_not_the_label(pairs, tmp_path):
