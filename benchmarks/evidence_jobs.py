@@ -542,9 +542,11 @@ def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
         choosing: the rule.
     """
     allowed = [choice for choice in found if choice.lost <= choosing.most_lost]
-    best = min(allowed, key=lambda choice: choice.score) if allowed else min(found, key=lambda choice: choice.lost)
-    if reached := [choice for choice in allowed if choice.reached]:
-        best = min(reached, key=lambda choice: choice.score)
+    reached = [choice for choice in allowed if choice.reached]
+    if allowed:
+        best = min(reached or allowed, key=lambda choice: choice.score)
+    else:
+        best = min(found, key=lambda choice: choice.lost)
     return replace(best, tried=len(found))
 
 

@@ -420,9 +420,6 @@ def test_later_ranks_are_images_that_resemble_less(pairs):
     assert np.mean([likeness["near"][key] > likeness["far"][key] for key in both]) > 0.95
 
 
-# ---- the released rule
-
-
 def test_balanced_pairs_turn_as_many_answers_to_yes_as_to_no(pairs):
     backbone = DigitBackbone()
     folder = pairs / "near"
@@ -440,6 +437,9 @@ def test_balanced_pairs_turn_as_many_answers_to_yes_as_to_no(pairs):
     assert len(every) - len(kept) == abs(to_no - to_yes)
     known = {sample.key: sample.fingerprint for sample in every}
     assert all(known[sample.key] == sample.fingerprint for sample in kept)
+
+
+# ---- the released rule
 
 
 def test_the_released_rule_reads_the_best_token_that_is_not_the_label(pairs, tmp_path):
