@@ -138,14 +138,15 @@ class Verdict(NamedTuple):
     fails: bool
 
     def line(self, measure: Measure) -> str:
-        """The sentence, with its numbers.
+        """The sentence, with its numbers, and with the reason where it does not hold.
 
         Args:
             measure: of the claim.
         """
         sign = _sign(measure)
         shown = Estimate(sign * self.found.mean, self.found.half, self.found.policies).shown(2, signed=True)
-        return f"{self.claim.text}, {self.world} world: {measure.title} {shown}"
+        reason = f". {self.claim.reason}" if self.claim.reason and not self.holds else ""
+        return f"{self.claim.text}, {self.world} world: {measure.title} {shown}{reason}"
 
 
 def judge(experiment: Experiment, raw: Raw) -> list[Verdict]:

@@ -159,6 +159,7 @@ class Claim:
         against: another method, or ``base``.
         measure: key of the score.
         at_most_lost: the claim is that at most so much is lost; None: that the method is better.
+        reason: what was tested of why it does not hold; said where it does not.
     """
 
     text: str
@@ -166,6 +167,7 @@ class Claim:
     against: str
     measure: str
     at_most_lost: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -141,12 +141,12 @@ def judged(experiment, path, *claims):
 
 def test_claims_hold_when_the_interval_of_the_paired_difference_says_so(experiment, tmp_path):
     """Differences of CHAIRi are -2, -1, -3: mean -2, half 2.48. Not shown; with a fourth of -2 it is: half 1.30."""
-    claim = Claim("fewer", "rdpo", BASE, "CHAIRi")
+    claim = Claim("fewer", "rdpo", BASE, "CHAIRi", reason="Only three were asked.")
     base, better = [(10, 90), (20, 90), (30, 90)], [(8, 90), (19, 90), (27, 90)]
     write_methods(tmp_path / "three.csv", {BASE: base, "rdpo": better})
     changed, (verdict,) = judged(experiment, tmp_path / "three.csv", claim)
     assert not verdict.holds
-    assert verdict.line(changed.measures[0]) == "fewer, balanced world: CHAIRi -2.00 ± 2.48"
+    assert verdict.line(changed.measures[0]) == "fewer, balanced world: CHAIRi -2.00 ± 2.48. Only three were asked."
     assert "-2.0 ± 2.5" in difference_table(changed, Raw(tmp_path / "three.csv"), "balanced", BASE)
     assert "**" not in difference_table(changed, Raw(tmp_path / "three.csv"), "balanced", BASE)
     write_methods(tmp_path / "four.csv", {BASE: [*base, (15, 90)], "rdpo": [*better, (13, 90)]})
