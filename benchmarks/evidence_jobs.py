@@ -362,7 +362,6 @@ class Choice:
         tried: how many points of the grid there were.
         score: of the choice, on the mean over policies.
         lost: of what was to be kept.
-        reached: whether the method gains what it is to gain.
     """
 
     rate: float
@@ -370,7 +369,6 @@ class Choice:
     tried: int
     score: float
     lost: float
-    reached: bool = True
 
 
 class Plan:
@@ -415,12 +413,11 @@ class Plan:
         for run in self._grid(name):
             by_seed = [self._grid_scores(seed, world, run) for seed in self.experiment.development]
             for place, strength in enumerate(choosing.strengths):
-                score = fmean([scores[place][choosing.score] for scores in by_seed])
                 here = [scores[place] for scores in by_seed]
-                lost = -_gain(choosing.kept, base, here)
-                gains = self.experiment.methods[name].gains
-                reached = all(_gain(key, base, here) >= least for key, least in gains.items())
-                found.append(Choice(run.rate, strength, 0, score, lost, reached))
+                score = fmean([scores[choosing.score] for scores in here])
+                pairs = zip(base, here, strict=True)
+                lost = fmean([first[choosing.kept] - scores[choosing.kept] for first, scores in pairs])
+                found.append(Choice(run.rate, strength, 0, score, lost))
         return choose(found, choosing)
 
     def _grid_scores(self, seed: int, world: str, run: Run) -> list[dict[str, float]]:
@@ -533,26 +530,15 @@ class Plan:
 
 
 def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
-    """The lowest score of those that keep enough and gain what is asked of them.
-
-    If none gains it, the lowest of those that keep enough; if none keeps enough, what keeps most.
+    """The lowest score of those that keep enough; if none does, what keeps most.
 
     Args:
         found: at least one.
         choosing: the rule.
     """
     allowed = [choice for choice in found if choice.lost <= choosing.most_lost]
-    reached = [choice for choice in allowed if choice.reached]
-    if allowed:
-        best = min(reached or allowed, key=lambda choice: choice.score)
-    else:
-        best = min(found, key=lambda choice: choice.lost)
+    best = min(allowed, key=lambda choice: choice.score, default=min(found, key=lambda choice: choice.lost))
     return replace(best, tried=len(found))
-
-
-def _gain(key: str, base: Sequence[Mapping[str, float]], found: Sequence[Mapping[str, float]]) -> float:
-    """How much more of a score there is than before, on the mean over policies."""
-    return fmean([scores[key] - first[key] for first, scores in zip(base, found, strict=True)])
 
 
 def _by_pairs(seed: int, world: str, runs: Sequence[Run]) -> list[Job]:

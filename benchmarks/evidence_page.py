@@ -46,7 +46,7 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
         _read(folder / "reading.md"),
         f"## What was chosen\n\nThe same grid for every method, {experiment.world.chosen_on}; the lowest "
         f"{experiment.choosing.score} of what loses at most {experiment.choosing.most_lost:g} points of "
-        f"{experiment.choosing.kept} on the mean, or what loses least.{_gains(experiment)}",
+        f"{experiment.choosing.kept} on the mean, or what loses least.",
         choice_table(experiment, folder),
     ]
     if experiment.ablation_seeds:
@@ -59,16 +59,6 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def _gains(experiment: Experiment) -> str:
-    told = [
-        f" {method.title}: of what also gains at least {least:g} points of {measure_of(experiment, key).title}, "
-        "if any does."
-        for method in experiment.methods.values()
-        for key, least in method.gains.items()
-    ]
-    return "".join(told)
 
 
 def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:

@@ -34,8 +34,6 @@ class Method:
         step_factor: of the experiment's number of steps.
         balanced: as many pairs whose answer turns from yes to no as from no to yes; those too many are left out.
         share: of the pairs that is used; the steps stay as many.
-        gains: how much better than the base policy it is to be when hyper-parameters are chosen, by score; beside what
-            all methods have to keep.
     """
 
     title: str
@@ -46,13 +44,11 @@ class Method:
     step_factor: float = 1.0
     balanced: bool = False
     share: float = 1.0
-    gains: dict[str, float] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What a training depends on, without what is as usual."""
         usual = asdict(Method(""))
-        mine = {name: value for name, value in asdict(self).items() if value != usual[name]}
-        return {name: value for name, value in mine.items() if name not in ("title", "gains")}
+        return {name: value for name, value in asdict(self).items() if name != "title" and value != usual[name]}
 
     def __post_init__(self) -> None:
         if self.rule == "sft" and self.loss.keys() - {"per"}:
@@ -226,7 +222,6 @@ class Experiment:
         """A name that is none must show now, not when all is trained."""
         measures = {measure.key for measure in self.measures}
         read = [*self.pictured, self.choosing.score, self.choosing.kept, *(claim.measure for claim in self.claims)]
-        read += [key for method in self.methods.values() for key in method.gains]
         compared = [name for claim in self.claims for name in (claim.method, claim.against)]
         for title, names, known in (
             ("measures", read, measures),

@@ -86,33 +86,28 @@ def test_a_choice_is_the_lowest_score_that_keeps_enough(found, expected):
     assert chosen.tried == len(found)
 
 
-def test_a_choice_gains_what_is_asked_of_its_method(experiment, tmp_path):
-    """Two policies gain 1 and 4 points of recall at strength 0.5, 3 and 0 at 1.0, where they hallucinate less."""
-    by_strength = {0.5: (6.0, [1.0, 4.0]), 1.0: (5.0, [3.0, 0.0])}
-    choosing = Choosing([1e-3], list(by_strength), "CHAIRi", "skills", most_lost=0.5)
-    small = replace(experiment, development=[8, 9], choosing=choosing, claims=[])
+def test_choices_are_made_on_means_over_policies(experiment, tmp_path):
+    """Two policies lose 0.0 and 0.8 points of skills at strength 1.0, 0.4 on the mean, where they hallucinate less."""
+    by_strength = {0.5: ([7.0, 5.0], [0.0, 0.0]), 1.0: ([4.0, 6.0], [0.0, 0.8])}
+    small = replace(experiment, development=[8, 9], claims=[])
 
-    def chosen(gains):
-        plan = Plan(Store(tmp_path, replace(small, methods={"rdpo": Method("rDPO", gains=gains)})))
+    def chosen(most_lost):
+        choosing = Choosing([1e-3], list(by_strength), "CHAIRi", "skills", most_lost=most_lost)
+        plan = Plan(Store(tmp_path, replace(small, choosing=choosing, methods={"rdpo": Method("rDPO")})))
         for job in (single for several in plan.grid_jobs() for single in several.singles()):
             (run,) = job.runs
-            scores = {"1": {"CHAIRi": 9.0, "CHAIR recall": 80.0, "skills": 70.0}}
+            scores = {"1": {"CHAIRi": 9.0, "skills": 70.0}}
             if run.method is not None:
                 scores = {
-                    f"{strength:g}": {"CHAIRi": score, "CHAIR recall": 80.0 + gained[job.seed - 8], "skills": 70.0}
-                    for strength, (score, gained) in by_strength.items()
+                    f"{strength:g}": {"CHAIRi": found[job.seed - 8], "skills": 70.0 - lost[job.seed - 8]}
+                    for strength, (found, lost) in by_strength.items()
                 }
             plan.store.result(job, run).parent.mkdir(exist_ok=True)
             plan.store.result(job, run).write_text(json.dumps({"scores": scores}))
-        return plan.choices()[small.world.names[0], "rdpo"].strength
+        return plan.choices()[small.world.names[0], "rdpo"]
 
-    assert chosen({}) == 1.0
-    assert chosen({"CHAIR recall": 1.5}) == 1.0
-    assert chosen({"CHAIR recall": 2.0}) == 0.5
-    # Nothing gains so much: the lowest score, as without.
-    assert chosen({"CHAIR recall": 3.0}) == 1.0
-    with pytest.raises(ValueError, match=r"Expected measures among .*'recal'"):
-        replace(small, methods={"rdpo": Method("rDPO", gains={"recal": 1.0})})
+    assert (chosen(0.5).strength, chosen(0.5).score, chosen(0.5).lost) == pytest.approx((1.0, 5.0, 0.4))
+    assert (chosen(0.3).strength, chosen(0.3).score, chosen(0.3).lost) == pytest.approx((0.5, 6.0, 0.0))
 
 
 # ---- claims and tables
@@ -279,8 +274,7 @@ def test_results_of_other_settings_are_never_taken_for_these(experiment, tmp_pat
         Store(tmp_path, replace(experiment, training=Training(31, 16, 8))).result(job, run),
     ]
     assert len({store.result(job, run), *other}) == len(other) + 1
-    renamed = Method("renamed", gains={"CHAIR recall": 1.0})
-    assert store.result(job, replace(run, name="b", method=renamed)) == store.result(job, run)
+    assert store.result(job, replace(run, name="b", method=Method("renamed"))) == store.result(job, run)
     described = describe(REDUCED)
     store.claim(described)
     store.claim(describe(REDUCED, ["--experiment.training.steps=31"]))
