@@ -77,7 +77,9 @@ class Job:
 
 
 class Store:
-    """The results of an experiment: one small file each, named by all that they depend on.
+    """The results of an experiment: one small file each, named by all settings that they depend on.
+
+    Not by code: give another folder after changing what is computed.
 
     Args:
         folder: of the experiment.

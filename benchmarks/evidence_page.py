@@ -63,6 +63,8 @@ def _read(path: Path) -> str:
 
 def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
     """What does not hold comes first."""
+    if not verdicts:
+        return ""
     groups = {
         "**Not so:** the opposite is shown.": [verdict for verdict in verdicts if verdict.fails],
         "**Not shown:**": [verdict for verdict in verdicts if not (verdict.holds or verdict.fails)],
@@ -71,7 +73,8 @@ def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
     policies = min(verdict.found.policies for verdict in verdicts)
     said = [
         f"Over {policies} {experiment.world.seeds_are}, means of paired differences with Student's 95 % intervals, "
-        f"each for itself: of {len(verdicts)}, one in twenty may lie beside the truth. What does not hold comes first."
+        f"each for itself: of {len(verdicts)}, one in twenty may lie beside the truth. They are about other "
+        f"{experiment.world.seeds_are} with the hyper-parameters that were chosen here. What does not hold comes first."
     ]
     for title, group in groups.items():
         lines = [f"* {verdict.line(measure_of(experiment, verdict.claim.measure))}" for verdict in group]
@@ -92,8 +95,8 @@ def _world(experiment: Experiment, raw: Raw, world: str) -> str:
 def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
     title = experiment.methods[experiment.ablated].title
     parts = [
-        f"## Ablations\n\nOf {title}, with the learning rate and strength that were chosen for it; "
-        f"{experiment.ablation_seeds} policies, fewer questions."
+        f"## Ablations\n\nOf {title}, with the learning rate and strength that were chosen for it as it is, so that "
+        f"what is far from it starts with a disadvantage; {experiment.ablation_seeds} policies, fewer questions."
     ]
     for name, ablation in experiment.ablations.items():
         parts.append(f"### {ablation.title}\n\n{ablation.question}".strip())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evidence_jobs import BASE, Choice, Job, Plan, Run
-from benchmarks.evidence_settings import Claim, Experiment, Measure
+from benchmarks.evidence_settings import Choosing, Claim, Experiment, Measure
 from benchmarks.evidence_statistics import Estimate, difference, estimate
 from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILION
 from realign_lightning.evaluation.report import markdown_table
@@ -145,8 +145,9 @@ class Verdict(NamedTuple):
         """
         sign = _sign(measure)
         shown = Estimate(sign * self.found.mean, self.found.half, self.found.policies).shown(2, signed=True)
-        reason = f". {self.claim.reason}" if self.claim.reason and not self.holds else ""
-        return f"{self.claim.text}, {self.world} world: {measure.title} {shown}{reason}"
+        line = f"{self.claim.text}, {self.world} world: {measure.title} {shown}"
+        reason = None if self.holds else self.claim.reasons.get(self.world)
+        return line if reason is None else f"{line}. {reason}"
 
 
 def judge(experiment: Experiment, raw: Raw) -> list[Verdict]:
@@ -287,10 +288,19 @@ def choice_table(experiment: Experiment, folder: Path) -> str:
     for row in _read_csv(folder / "choices.csv"):
         score, lost = float(row["score"]), float(row["lost"])
         chosen = [row["rate"], row["strength"], f"{score:.1f}", f"{lost:.2f}", row["tried"]]
-        rows.append([_title(experiment, row["method"]), row["world"], *chosen])
+        rows.append([_title(experiment, row["method"]), row["world"], *chosen, _remark(choosing, row)])
     scores = f"validation {choosing.score}", f"{choosing.kept} lost"
-    head = ["method", "world", "learning rate", "strength", *scores, "points tried"]
-    return markdown_table(head, rows, "llrrrrr")
+    head = ["method", "world", "learning rate", "strength", *scores, "points tried", ""]
+    return markdown_table(head, rows, "llrrrrrl")
+
+
+def _remark(choosing: Choosing, row: Mapping[str, str]) -> str:
+    """Choices that say less than others: nothing kept enough, or the grid may be too small."""
+    if float(row["lost"]) > choosing.most_lost:
+        return "none loses so little"
+    rate, strength = float(row["rate"]), float(row["strength"])
+    corners = [min(choosing.rates), min(choosing.strengths)], [max(choosing.rates), max(choosing.strengths)]
+    return "corner of the grid" if [rate, strength] in corners else ""
 
 
 def stage_table(folder: Path) -> str:
@@ -304,7 +314,7 @@ def stage_table(folder: Path) -> str:
         [row["stage"], row["runs"], *(f"{float(row[name]):.0f}" for name in minutes)]
         for row in _read_csv(folder / "stages.csv")
     ]
-    return markdown_table(["stage", "runs", "core minutes", "minutes on all cores"], rows, "lrrr")
+    return markdown_table(["stage", "runs", "core minutes", "divided by the processes"], rows, "lrrr")
 
 
 # ---- pictures

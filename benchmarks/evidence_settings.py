@@ -155,7 +155,7 @@ class Claim:
         against: another method, or ``base``.
         measure: key of the score.
         at_most_lost: the claim is that at most so much is lost; None: that the method is better.
-        reason: what was tested of why it does not hold; said where it does not.
+        reasons: what was tested of why it does not hold, by world; said where it does not.
     """
 
     text: str
@@ -163,7 +163,7 @@ class Claim:
     against: str
     measure: str
     at_most_lost: float | None = None
-    reason: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

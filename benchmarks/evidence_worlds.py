@@ -137,7 +137,6 @@ class DigitPairSettings:
         mode: whether blanks are filled between the fixed words, or the whole text is written anew.
         adversarial: share of the questions about absent digits that ask for what goes with a digit that is there.
         own_mistakes: whether the policy's mistakes on the image itself are taken first.
-        scenes: from which pairs are built; None is the world's number.
     """
 
     tau: float = 0.95
@@ -149,7 +148,6 @@ class DigitPairSettings:
     mode: Mode = "infill"
     adversarial: float = 0.0
     own_mistakes: bool = False
-    scenes: int | None = None
 
     def builder(self, seed: int) -> PreferenceBuilder:
         """What builds them.
@@ -258,8 +256,7 @@ class Digits(World):
     def pairs(self, name: str, changes: Mapping[str, Any], backbone: Backbone, seed: int, folder: Path) -> Path:
         """Pairs of scenes that the policy was not taught on."""
         settings = replace(DigitPairSettings(), **{**changes, "kinds": tuple(changes.get("kinds", ("object",)))})
-        scenes = self.scenes if settings.scenes is None else settings.scenes
-        source = DigitScenes(scenes, "train", self.skews[name], seed, settings.adversarial)
+        source = DigitScenes(self.scenes, "train", self.skews[name], seed, settings.adversarial)
         return build_pairs(source, settings, backbone, seed, folder)
 
     def margin_pairs(self, backbone: Backbone, seed: int, part: Part, folder: Path) -> Path | None:
@@ -331,6 +328,8 @@ class Prepared(World):
         variants: folders of pairs by name and, behind a slash, the changes in JSON, as ablations name them.
         held_out: shards of pairs that nothing was trained on, for margins.
     """
+
+    seeds_are = "training seeds of one model, asked about the same images"
 
     def __init__(
         self,

@@ -86,6 +86,15 @@ class TestSweep:
             "Suggested: strength 1, the best CHAIRi of those that lose at most 0.6 of the base's"
         )
 
+    def test_the_table_shows_intervals_where_there_are_any(self):
+        points = (Point(0.0, 9.0, 90.0, 0.5, 1.25), Point(1.0, 8.0, 90.0, 0.25), Point(2.0, 8.5, 89.0))
+        cells = [line.split("|")[2:4] for line in Sweep(CHAIR, SKILL, points, 0.5).as_table().splitlines()[2:5]]
+        assert [[cell.strip() for cell in row] for row in cells] == [
+            ["9.00 ± 0.50", "90.00 ± 1.25"],
+            ["8.00 ± 0.25", "90.00"],
+            ["8.50", "89.00"],
+        ]
+
     @pytest.mark.parametrize("skill", [SKILL, Axis("errors", higher_is_better=False), None])
     def test_the_picture(self, tmp_path, skill):
         draw(Sweep(CHAIR, skill, POINTS, 0.5), tmp_path / "sweep.png")

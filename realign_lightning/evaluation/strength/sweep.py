@@ -121,8 +121,8 @@ class Sweep:
     def _row(self, point: Point) -> list[str]:
         notes = ["front"] if point in self.front and self.skill_axis is not None else []
         notes += ["suggested"] if point == self.suggested else []
-        skill = [] if self.skill_axis is None else ["-" if point.skill is None else f"{point.skill:.2f}"]
-        return [f"{point.strength:g}", f"{point.score:.2f}", *skill, ", ".join(notes)]
+        skill = [] if self.skill_axis is None else [_shown(point.skill, point.skill_half)]
+        return [f"{point.strength:g}", _shown(point.score, point.score_half), *skill, ", ".join(notes)]
 
     def _advice(self) -> str:
         best = self.suggested
@@ -154,6 +154,12 @@ class Sweep:
             for point in self.points
         ]
         return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None, half: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if half is None else f"{value:.2f} ± {half:.2f}"
 
 
 def _header(axis: Axis) -> str:
