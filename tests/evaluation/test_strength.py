@@ -130,9 +130,9 @@ class TestSkillFiles:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter that changes answers."""
+    torch.manual_seed(0)
     backbone = DigitBackbone()
     model = LoRA(4, 8, 0.0).apply(backbone, backbone.load_model())
-    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
