@@ -15,6 +15,7 @@ from benchmarks.evidence_report import (
     difference_table,
     draw_dials,
     draw_methods,
+    draw_trades,
     judge,
     measure_of,
     method_table,
@@ -49,6 +50,8 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
         f"{experiment.choosing.kept} on the mean, or what loses least.",
         choice_table(experiment, folder),
     ]
+    if experiment.traded:
+        parts += _trades(experiment, folder, pictures)
     if experiment.ablation_seeds:
         seeds = experiment.seeds[: experiment.ablation_seeds]
         parts += _ablations(experiment, Raw(folder / "ablations.csv", seeds))
@@ -90,6 +93,17 @@ def _world(experiment: Experiment, raw: Raw, world: str) -> str:
             parts += [f"Difference to {title}, bold where the interval is clear of zero:"]
             parts += [difference_table(experiment, raw, world, against)]
     return "\n\n".join(parts)
+
+
+def _trades(experiment: Experiment, folder: Path, pictures: Path) -> list[str]:
+    draw_trades(experiment, Raw(folder / "grid.csv", experiment.development), pictures / "evidence_trades.png")
+    score, kept = (measure_of(experiment, key).title for key in (experiment.choosing.score, experiment.choosing.kept))
+    told = (
+        "All points of the grid, means over the policies of development: every line begins at the base policy and goes "
+        f"on with the strength of the adapter. Up is better ({score}), left is what it costs ({kept}), left of the "
+        "dotted line too much."
+    )
+    return [told, "![Gain over cost at all points of the grid](images/evidence_trades.png)"]
 
 
 def _ablations(experiment: Experiment, raw: Raw) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,13 @@ from realign_lightning.evaluation.strength.picture import draw as draw_sweep
 from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep
 
 Row = Mapping[str, Any]
+
+TRADED = (MUTED, BLUE, "#009E73", VERMILION)
+"""Colours of methods whose trades are drawn; the third is Okabe and Ito's, too."""
+
+_LINES = ("-", "--", "-.", ":")
+_FARTHEST = -3.0
+"""Points of the skills that are lost; what costs more is beyond the picture."""
 
 AGAINST = (BASE, "sft", "dpo")
 """Methods that all others are compared with, as far as they are there."""
@@ -91,6 +99,16 @@ class Raw:
 
     def __init__(self, path: Path, seeds: Sequence[int] | None = None) -> None:
         self.rows = [row for row in _read_csv(path) if seeds is None or int(row["seed"]) in seeds]
+
+    def at_rate(self, rate: float) -> Raw:
+        """The numbers of one learning rate, and those of policies as they were taught.
+
+        Args:
+            rate: the learning rate.
+        """
+        found = copy(self)
+        found.rows = [row for row in self.rows if row["method"] == BASE or math.isclose(float(row["rate"]), rate)]
+        return found
 
     def values(self, world: str, method: str, key: str, strength: float | None = None) -> dict[int, float]:
         """A score of a method by seed.
@@ -389,6 +407,62 @@ def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Pa
     )
     figure.supxlabel("difference to the base policy, with 95 % interval", size=9, color=MUTED)
     figure.savefig(path, dpi=150)
+
+
+def draw_trades(experiment: Experiment, raw: Raw, path: Path) -> None:
+    """What methods gain and what it costs, at every point of the grid: a panel per world, a line per learning rate.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the grid.
+        path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    score, kept = (measure_of(experiment, key) for key in (experiment.choosing.score, experiment.choosing.kept))
+    worlds = experiment.world.names
+    figure = Figure(figsize=(4.6 * len(worlds) + 0.6, 4.4), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(worlds), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, world in zip(panels, worlds, strict=True):
+        for name, color in zip(experiment.traded, TRADED, strict=False):
+            for rate, line in zip(experiment.choosing.rates, _LINES, strict=False):
+                points = trades(experiment, raw.at_rate(rate), world, name)
+                label = f"{experiment.methods[name].title}, rate {rate:g}"
+                axes.plot(*points, line, color=color, marker="o", ms=4, lw=1.4, label=label)
+        axes.axvline(-experiment.choosing.most_lost, color=MUTED, lw=1, ls=":")
+        axes.set_title(f"{world} pairs", size=10, color=INK)
+        axes.grid(color=FAINT, lw=0.6)
+        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+        axes.set_xlim(_FARTHEST, None)
+        axes.set_xlabel(f"{kept.title}, difference to the base", size=9, color=MUTED)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    if score.higher_is_better is False:
+        panels[0].invert_yaxis()
+    panels[0].set_ylabel(f"{score.title}, difference to the base", size=9, color=MUTED)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def trades(experiment: Experiment, raw: Raw, world: str, name: str) -> tuple[list[float], list[float]]:
+    """What a method loses and gains with rising strength of the adapter; first the base itself.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the grid, at one learning rate.
+        world: name.
+        name: of the method.
+
+    Returns:
+        Differences to the base, means over policies: of what is to be kept, and of the score.
+    """
+    found: list[list[float]] = []
+    for key in (experiment.choosing.kept, experiment.choosing.score):
+        base = _mean(raw, world, BASE, key).mean
+        scores = [_mean(raw, world, name, key, strength).mean for strength in sorted(experiment.choosing.strengths)]
+        found.append([0.0, *(score - base for score in scores)])
+    return found[0], found[1]
 
 
 def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequence[int]) -> dict[str, Sweep]:

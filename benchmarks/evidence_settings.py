@@ -187,6 +187,7 @@ class Experiment:
         claims: what the page's first paragraph says about.
         questions_at_once: questions per call of the model's ``generate``.
         keep_questions: keep encoded questions in memory; for small images.
+        traded: names of at most four methods; what they gain at every point of the grid is drawn over what it costs.
     """
 
     seeds: list[int]
@@ -205,6 +206,7 @@ class Experiment:
     claims: list[Claim]
     questions_at_once: int = 256
     keep_questions: bool = True
+    traded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if both := set(self.seeds) & set(self.development):
@@ -215,6 +217,8 @@ class Experiment:
         if unknown := named - set(self.world.names):
             raise ValueError(f"Expected worlds of ablations among {list(self.world.names)}, got {sorted(unknown)}.")
         self._check_names()
+        if len(self.traded) > 4:
+            raise ValueError(f"Expected at most four methods in `traded`, got {self.traded}.")
         if not 0 <= self.ablation_seeds <= len(self.seeds):
             raise ValueError(f"Expected `ablation_seeds` from 0 to {len(self.seeds)}, got {self.ablation_seeds}.")
 
@@ -226,6 +230,7 @@ class Experiment:
         for title, names, known in (
             ("measures", read, measures),
             ("methods of claims", compared, {"base", *self.methods}),
+            ("methods in `traded`", self.traded, set(self.methods)),
         ):
             if unknown := set(names) - known:
                 raise ValueError(f"Expected {title} among {sorted(known)}, got {sorted(unknown)}.")

@@ -18,7 +18,7 @@ from scipy import stats
 from benchmarks.evidence import run_all
 from benchmarks.evidence_jobs import BASE, Bench, Choice, Job, Plan, Run, Store, choose
 from benchmarks.evidence_page import write_page
-from benchmarks.evidence_report import Raw, choice_table, difference_table, judge, write_raw
+from benchmarks.evidence_report import Raw, choice_table, difference_table, draw_trades, judge, trades, write_raw
 from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
 from benchmarks.evidence_statistics import difference, estimate
 from benchmarks.evidence_training import ReleasedBackbone, make_module, measure, read_pairs
@@ -121,6 +121,21 @@ def test_choices_that_say_less_than_others_are_marked(experiment, tmp_path):
     assert [row.strip("| ").split("|")[-1].strip() for row in rows[:2]] == ["corner of the grid"] * 2
     assert rows[2].strip("| ").endswith("4")
     assert "none loses so little" in rows[3]
+
+
+def test_what_methods_gain_is_set_against_what_it_costs_at_every_rate(experiment, tmp_path):
+    """Two policies; at each rate one line, from the base at (0, 0) to the only strength."""
+    lines = ["seed,world,method,rate,strength,CHAIRi,skills"]
+    lines += ["3,,base,0,1,10,90", "4,,base,0,1,20,80"]
+    lines += ["3,balanced,rdpo,0.001,0.5,8,89", "4,balanced,rdpo,0.001,0.5,16,78"]
+    lines += ["3,balanced,rdpo,0.002,0.5,7,90", "4,balanced,rdpo,0.002,0.5,13,76"]
+    (tmp_path / "grid.csv").write_text("\n".join(lines))
+    raw, choosing = Raw(tmp_path / "grid.csv"), Choosing([1e-3, 2e-3], [0.5], "CHAIRi", "skills", most_lost=0.5)
+    changed = replace(experiment, choosing=choosing, traded=["rdpo"])
+    assert trades(changed, raw.at_rate(1e-3), "balanced", "rdpo") == ([0.0, -1.5], [0.0, -3.0])
+    assert trades(changed, raw.at_rate(2e-3), "balanced", "rdpo") == ([0.0, -2.0], [0.0, -5.0])
+    draw_trades(changed, raw, tmp_path / "trades.png")
+    assert (tmp_path / "trades.png").read_bytes().startswith(b"\x89PNG")
 
 
 CHOSEN = [(1e-3, 0.5, 0.1), (2e-3, 1.0, 0.1), (2e-3, 0.5, 0.5), (1e-3, 0.5, 0.6)]
@@ -342,11 +357,14 @@ def test_a_folder_that_does_not_say_whose_it_is_and_one_in_use_are_refused(exper
         {"claims": [Claim("text", "rdpo", "bass", "CHAIRi")]},
         {"claims": [Claim("text", "rdpo", BASE, "CHAIRj")]},
         {"choosing": Choosing([1e-3], [1.0], "CHAIRi", "skill", 0.5)},
+        {"traded": ["rdpo", "bass"]},
     ],
 )
 def test_names_that_are_none_show_before_anything_is_trained(experiment, changes):
     with pytest.raises(ValueError, match=r"among .*, got \['(CHAIRj|bass|skill)'\]"):
         replace(experiment, **changes)
+    with pytest.raises(ValueError, match="Expected at most four methods in `traded`"):
+        replace(experiment, traded=["rdpo"] * 5)
 
 
 def test_what_two_names_share_is_counted_once_in_the_time(experiment, tmp_path):
@@ -622,7 +640,7 @@ def test_the_page_is_written_from_the_numbers_alone(finished, tmp_path):
     first = page.split("\n\n")[2]
     assert "What does not hold comes first" in first
     assert page.index("**Not shown:**") < page.index("**Shown:**") < page.index("## Results")
-    for name in ("methods", "strength_balanced", "visual_weight_balanced"):
+    for name in ("methods", "trades", "strength_balanced", "visual_weight_balanced"):
         assert (finished / "docs" / "images" / f"evidence_{name}.png").read_bytes().startswith(b"\x89PNG")
     (finished / "docs" / "evidence.md").unlink()
     write_page(read_experiment(REDUCED), finished / "docs", REDUCED)
