@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from benchmarks.evidence_jobs import BASE, Choice, Job, Plan, Run
 from benchmarks.evidence_settings import Choosing, Claim, Experiment, Measure
@@ -17,6 +18,9 @@ from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILIO
 from realign_lightning.evaluation.report import markdown_table
 from realign_lightning.evaluation.strength.picture import draw as draw_sweep
 from realign_lightning.evaluation.strength.sweep import Axis, Point, Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
 
@@ -395,11 +399,7 @@ def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Pa
             style: dict[str, Any] = {"fmt": marker, "color": color, "ms": 5, "lw": 1.6, "label": f"{world} pairs"}
             axes.errorbar(means, places, xerr=halves, **style)
         axes.axvline(0, color=INK, lw=1, zorder=0)
-        axes.set_title(f"{measure.title} {_arrow(measure)}", size=10, color=INK)
-        axes.grid(axis="x", color=FAINT, lw=0.6)
-        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        _dress(axes, f"{measure.title} {_arrow(measure)}", "x", ("top", "right", "left"))
     panels[0].set_yticks(range(len(names)), [experiment.methods[name].title for name in names], color=INK)
     panels[0].invert_yaxis()
     figure.legend(
@@ -425,24 +425,29 @@ def draw_trades(experiment: Experiment, raw: Raw, path: Path) -> None:
     panels = figure.subplots(1, len(worlds), sharex=True, sharey=True, squeeze=False)[0]
     for axes, world in zip(panels, worlds, strict=True):
         for name, color in zip(experiment.traded, TRADED, strict=False):
-            for rate, line in zip(experiment.choosing.rates, _LINES, strict=False):
+            for rate, line in zip(experiment.choosing.rates, cycle(_LINES), strict=False):
                 points = trades(experiment, raw.at_rate(rate), world, name)
                 label = f"{experiment.methods[name].title}, rate {rate:g}"
                 axes.plot(*points, line, color=color, marker="o", ms=4, lw=1.4, label=label)
         axes.axvline(-experiment.choosing.most_lost, color=MUTED, lw=1, ls=":")
-        axes.set_title(f"{world} pairs", size=10, color=INK)
-        axes.grid(color=FAINT, lw=0.6)
-        axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+        _dress(axes, f"{world} pairs", "both", ("top", "right"))
         axes.set_xlim(_FARTHEST, None)
         axes.set_xlabel(f"{kept.title}, difference to the base", size=9, color=MUTED)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     if score.higher_is_better is False:
         panels[0].invert_yaxis()
     panels[0].set_ylabel(f"{score.title}, difference to the base", size=9, color=MUTED)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
+
+
+def _dress(axes: Axes, title: str, grid: Literal["x", "both"], bare: Sequence[str]) -> None:
+    """What the panels of pictures look like; ``bare`` are the sides without a line."""
+    axes.set_title(title, size=10, color=INK)
+    axes.grid(axis=grid, color=FAINT, lw=0.6)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=MUTED)
+    for side in bare:
+        axes.spines[side].set_visible(False)
 
 
 def trades(experiment: Experiment, raw: Raw, world: str, name: str) -> tuple[list[float], list[float]]:

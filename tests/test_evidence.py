@@ -114,8 +114,9 @@ def test_choices_are_made_on_means_over_policies(experiment, tmp_path):
 def test_choices_that_say_less_than_others_are_marked(experiment, tmp_path):
     """At the grid's corner it may go on; where nothing keeps enough the rule is not followed."""
     choosing = Choosing([1e-3, 2e-3], [0.5, 1.0], "CHAIRi", "skills", most_lost=0.5)
+    chosen = [(1e-3, 0.5, 0.1), (2e-3, 1.0, 0.1), (2e-3, 0.5, 0.5), (1e-3, 0.5, 0.6)]
     lines = ["world,method,rate,strength,tried,score,lost"]
-    lines += [f"balanced,rdpo,{rate},{strength},4,9.0,{lost}" for rate, strength, lost in CHOSEN]
+    lines += [f"balanced,rdpo,{rate},{strength},4,9.0,{lost}" for rate, strength, lost in chosen]
     (tmp_path / "choices.csv").write_text("\n".join(lines))
     rows = choice_table(replace(experiment, choosing=choosing), tmp_path).splitlines()[2:]
     assert [row.strip("| ").split("|")[-1].strip() for row in rows[:2]] == ["corner of the grid"] * 2
@@ -136,9 +137,6 @@ def test_what_methods_gain_is_set_against_what_it_costs_at_every_rate(experiment
     assert trades(changed, raw.at_rate(2e-3), "balanced", "rdpo") == ([0.0, -2.0], [0.0, -5.0])
     draw_trades(changed, raw, tmp_path / "trades.png")
     assert (tmp_path / "trades.png").read_bytes().startswith(b"\x89PNG")
-
-
-CHOSEN = [(1e-3, 0.5, 0.1), (2e-3, 1.0, 0.1), (2e-3, 0.5, 0.5), (1e-3, 0.5, 0.6)]
 
 
 # ---- claims and tables
