@@ -159,6 +159,7 @@ class Bench:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.experiment = store.experiment
+        self._exams: tuple[int, dict[Part, list[Exam]]] = -1, {}
 
     def teach(self, seed: int) -> None:
         """Make the policy of a seed, unless it is there.
@@ -183,9 +184,15 @@ class Bench:
         """
         job = self.store.missing(job)
         if job.runs:
-            desk = _Desk(self.store, job)
+            desk = _Desk(self.store, job, self._exams_of(job.seed))
             for run in job.runs:
                 self._run(desk, job, run)
+
+    def _exams_of(self, seed: int) -> dict[Part, list[Exam]]:
+        """What was encoded for an earlier job of the same seed; that of others is forgotten."""
+        if self._exams[0] != seed:
+            self._exams = seed, {}
+        return self._exams[1]
 
     def _run(self, desk: _Desk, job: Job, run: Run) -> None:
         if self.store.result(job, run).is_file():
@@ -215,13 +222,13 @@ class Bench:
 
 
 class _Desk:
-    """What the runs of a job share, made when it is first asked for."""
+    """What the runs of a job share, made when it is first asked for; exams with other jobs of the seed."""
 
-    def __init__(self, store: Store, job: Job) -> None:
+    def __init__(self, store: Store, job: Job, exams: dict[Part, list[Exam]]) -> None:
         self._store, self._job = store, job
         self._samples: dict[tuple[str, bool], list[EncodedSample]] = {}
         self._margins: dict[Part, list[EncodedSample]] = {}
-        self._exams: dict[Part, list[Exam]] = {}
+        self._exams = exams
         self.work = store.folder / f"work_{job.seed}"
 
     @cached_property
@@ -343,6 +350,8 @@ def _pool(store: Store, workers: int) -> Iterator[Callable[[str, Any], Future[No
     kept = dict(os.environ)
     # What worker processes inherit.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Texts are tokenised one by one here, and waking threads for one takes longer than the text.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield lambda name, argument: pool.submit(_call, name, argument)
     finally:

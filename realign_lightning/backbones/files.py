@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -70,6 +71,7 @@ def hash_code(*modules: ModuleType) -> str:
     return hash_texts({module.__name__: _without_words(inspect.getsource(module)) for module in modules})
 
 
+@functools.cache
 def _without_words(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
