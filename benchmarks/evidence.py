@@ -1,6 +1,6 @@
 """Does rDPO reduce hallucination, and why: an experiment with fresh policies, fair choices and error bars.
 
-    uv run python -m benchmarks.evidence             # everything, about 3 hours on 2 cores; goes on if stopped
+    uv run python -m benchmarks.evidence             # everything, 3 to 4 hours on 2 cores; goes on if stopped
     uv run python -m benchmarks.evidence --report    # tables, pictures and page from the numbers that are there
 
 For every seed a small vision-language model is taught from nothing, pairs are built from its own hallucinations, every

@@ -56,7 +56,8 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
         seeds = experiment.seeds[: experiment.ablation_seeds]
         parts += _ablations(experiment, Raw(folder / "ablations.csv", seeds))
         parts += _dials(draw_dials(experiment, folder, pictures, seeds))
-    parts += ["## Time", stage_table(folder), f"Raw numbers: `docs/evidence/*.csv`. Recipe: `{recipe}`."]
+    parts += ["## Time", stage_table(folder), _read(folder / "time.md")]
+    parts += [f"Raw numbers: `docs/evidence/*.csv`. Recipe: `{recipe}`."]
     (docs / "evidence.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
@@ -110,7 +111,9 @@ def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
     title = experiment.methods[experiment.ablated].title
     parts = [
         f"## Ablations\n\nOf {title}, with the learning rate and strength that were chosen for it as it is, so that "
-        f"what is far from it starts with a disadvantage; {experiment.ablation_seeds} policies, fewer questions."
+        f"what is far from it starts with a disadvantage; {experiment.ablation_seeds} policies, fewer questions. "
+        "Rows with a sign are paired differences, bold where the interval is clear of zero: to the row as it is, or to "
+        "the row above where it says so."
     ]
     for name, ablation in experiment.ablations.items():
         parts.append(f"### {ablation.title}\n\n{ablation.question}".strip())
@@ -125,7 +128,8 @@ def _ablations(experiment: Experiment, raw: Raw) -> list[str]:
 def _dials(sweeps: dict[str, Sweep]) -> list[str]:
     parts = [
         "## The price: hallucination against untouched skills\n\nUp is fewer hallucinations, right is more skill. "
-        "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations. What is "
+        "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations, as paired "
+        "differences to the base policy. What is "
         "suggested is read off these very scenes; nothing above was chosen so."
     ]
     for name, sweep in sweeps.items():

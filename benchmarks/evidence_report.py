@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
+_Named = str | tuple[str, float | None]
 
 TRADED = (MUTED, BLUE, "#009E73", VERMILION)
 """Colours of methods whose trades are drawn; the third is Okabe and Ito's, too."""
@@ -191,9 +192,12 @@ def _judge(experiment: Experiment, raw: Raw, claim: Claim, world: str) -> Verdic
     return Verdict(claim, world, found, found.mean - half > least, found.mean + half < least)
 
 
-def _compared(raw: Raw, world: str, name: str, against: str, key: str) -> Estimate:
+def _compared(raw: Raw, world: str, name: _Named, against: _Named, key: str) -> Estimate:
     """The paired difference of a method to another; both have to know the same policies."""
-    values, others = (raw.values(world, one, key) for one in (name, against))
+    values, others = (
+        raw.values(world, one, key) if isinstance(one, str) else raw.values(world, one[0], key, one[1])
+        for one in (name, against)
+    )
     if values.keys() != others.keys():
         raise ValueError(f"Expected {key!r} of {name!r} and {against!r} for the same seeds, got {values}, {others}.")
     return difference(list(values.values()), [others[seed] for seed in values])
@@ -275,7 +279,7 @@ def _arrow(measure: Measure) -> str:
 
 
 def ablation_table(experiment: Experiment, raw: Raw, world: str, name: str) -> str:
-    """Means of an ablation's values, and the paired difference of the first measure to the method itself.
+    """Paired differences of an ablation's values to those that they are compared with; means where there is none.
 
     Args:
         experiment: whose.
@@ -284,18 +288,18 @@ def ablation_table(experiment: Experiment, raw: Raw, world: str, name: str) -> s
         name: of the ablation.
     """
     ablation = experiment.ablations[name]
-    own = next((label for label, change in ablation.values.items() if not change), None)
+    compared = ablation.compared()
     measures = [measure_of(experiment, key) for key in experiment.pictured]
     rows = []
-    for label in ablation.values:
-        cells = [f"{label} (as it is)" if label == own else label]
-        cells += [_cell(raw, world, f"{name}={label}", measure) for measure in measures]
-        changed = own is not None and label != own
-        compared = (world, f"{name}={label}", f"{name}={own}", measures[0])
-        rows.append([*cells, _difference_cell(raw, *compared) if changed else ""])
+    for label, change in ablation.values.items():
+        own, other = f"{name}={label}", f"{name}={compared.get(label)}"
+        cells = [
+            _difference_cell(raw, world, own, other, measure) if label in compared else _cell(raw, world, own, measure)
+            for measure in measures
+        ]
+        rows.append([label if change else f"{label} (as it is)", *cells])
     titles = [f"{measure.title} {_arrow(measure)}".strip() for measure in measures]
-    head = [ablation.title, *titles, f"{measures[0].title}: difference"]
-    return markdown_table(head, rows, "l" + "r" * (len(measures) + 1))
+    return markdown_table([ablation.title, *titles], rows, "l" + "r" * len(measures))
 
 
 def choice_table(experiment: Experiment, folder: Path) -> str:
@@ -348,9 +352,9 @@ def sweep_of(
     world: str,
     points: Mapping[float, tuple[str, float | None]],
     dial: str,
-    base: float | None = None,
+    base: tuple[str, float | None],
 ) -> Sweep:
-    """Hallucination against skills along a dial, over policies.
+    """Hallucination against skills along a dial, over policies: paired differences to the base policy.
 
     Args:
         experiment: whose.
@@ -358,16 +362,16 @@ def sweep_of(
         world: name.
         points: name of the method, and strength where there are several, by value of the dial.
         dial: its title.
-        base: skill that losses are counted from; None is the first point's.
+        base: the base policy, as points are.
     """
     choosing = experiment.choosing
     found = []
-    for value, (name, strength) in points.items():
-        score, skill = (_mean(raw, world, name, key, strength) for key in (choosing.score, choosing.kept))
+    for value, point in points.items():
+        score, skill = (_compared(raw, world, point, base, key) for key in (choosing.score, choosing.kept))
         found.append(Point(value, score.mean, skill.mean, score.half, skill.half))
     measure = measure_of(experiment, choosing.score)
     axes = Axis(measure.title, bool(measure.higher_is_better)), Axis(measure_of(experiment, choosing.kept).title)
-    return Sweep(*axes, tuple(found), choosing.most_lost, base, dial)
+    return Sweep(*axes, tuple(found), choosing.most_lost, 0.0, dial, "the base")
 
 
 def draw_methods(experiment: Experiment, raw: Raw, keys: Sequence[str], path: Path) -> None:
@@ -484,17 +488,16 @@ def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequ
     """
     found: dict[str, Sweep] = {}
     ablations = Raw(folder / "ablations.csv", seeds)
-    base = _mean(ablations, "", BASE, experiment.choosing.kept).mean
     for world in experiment.ablation_worlds if experiment.dial else []:
         raw = Raw(folder / "dial.csv", seeds)
         strengths = {value: ("dial", value) for value in experiment.dial}
-        found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength")
+        found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength", ("dial", 0.0))
     for name in ("visual_weight", "sft_weight"):
         for world in experiment.worlds_of(name) if name in experiment.ablations else []:
             points = {float(label): (f"{name}={label}", None) for label in experiment.ablations[name].values}
             title = experiment.ablations[name].title
             ordered = dict(sorted(points.items()))
-            found[f"evidence_{name}_{world}"] = sweep_of(experiment, ablations, world, ordered, title, base)
+            found[f"evidence_{name}_{world}"] = sweep_of(experiment, ablations, world, ordered, title, (BASE, None))
     for name, sweep in found.items():
         draw_sweep(sweep, pictures / f"{name}.png")
     return found

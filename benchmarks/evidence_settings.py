@@ -68,12 +68,22 @@ class Ablation:
         values: what changes, by label, in the order of tables; an empty change is the method itself.
         question: what it asks.
         worlds: names of the worlds that it is run in; None are the experiment's ``ablation_worlds``.
+        step_by_step: compare every value with the one before it, not with the method itself.
     """
 
     title: str
     values: dict[str, dict[str, Any]]
     question: str = ""
     worlds: list[str] | None = None
+    step_by_step: bool = False
+
+    def compared(self) -> dict[str, str]:
+        """The value that each value is compared with, where there is one."""
+        labels = list(self.values)
+        if self.step_by_step:
+            return dict(zip(labels[1:], labels, strict=False))
+        own = next((label for label, change in self.values.items() if not change), None)
+        return {} if own is None else {label: own for label in labels if label != own}
 
     def methods(self, method: Method) -> dict[str, Method]:
         """The method with every value of the setting.

@@ -18,7 +18,17 @@ from scipy import stats
 from benchmarks.evidence import run_all
 from benchmarks.evidence_jobs import BASE, Bench, Choice, Job, Plan, Run, Store, choose
 from benchmarks.evidence_page import write_page
-from benchmarks.evidence_report import Raw, choice_table, difference_table, draw_trades, judge, trades, write_raw
+from benchmarks.evidence_report import (
+    Raw,
+    ablation_table,
+    choice_table,
+    difference_table,
+    draw_trades,
+    judge,
+    sweep_of,
+    trades,
+    write_raw,
+)
 from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
 from benchmarks.evidence_statistics import difference, estimate
 from benchmarks.evidence_training import ReleasedBackbone, make_module, measure, read_pairs
@@ -212,6 +222,29 @@ def test_methods_with_scores_of_other_policies_are_not_compared(experiment, tmp_
     write_methods(tmp_path / "raw.csv", {BASE: [(10, 90), (20, 90)], "rdpo": [(8, 90)]})
     with pytest.raises(ValueError, match="for the same seeds"):
         judged(experiment, tmp_path / "raw.csv", Claim("fewer", "rdpo", BASE, "CHAIRi"))
+
+
+@pytest.mark.parametrize(("steps", "last"), [(False, "+6.0 ± 0.0"), (True, "+5.0 ± 12.7")])
+def test_an_ablation_is_compared_with_the_method_or_with_the_row_above(experiment, tmp_path, steps, last):
+    """CHAIRi is 10 and 20, 10 and 22, 16 and 26: +1 ± 12.7, then +6 ± 0 to the first row, +5 ± 12.7 to the second."""
+    rows = {"a=own": [(10, 90), (20, 90)], "a=b": [(10, 90), (22, 90)], "a=c": [(16, 90), (26, 90)]}
+    write_methods(tmp_path / "raw.csv", rows)
+    ablation = Ablation("a", {"own": {}, "b": {"share": 0.5}, "c": {"share": 0.2}}, step_by_step=steps)
+    changed, _ = judged(replace(experiment, ablations={"a": ablation}), tmp_path / "raw.csv")
+    told = ablation_table(changed, Raw(tmp_path / "raw.csv"), "balanced", "a").splitlines()[2:]
+    cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in told]
+    assert cells == [["own (as it is)", "15.0 ± 63.5"], ["b", "+1.0 ± 12.7"], ["c", last]]
+
+
+def test_a_dial_is_drawn_as_paired_differences_to_the_base(experiment, tmp_path):
+    """Policies differ by 20 points of CHAIRi, what the method changes by 2: the interval is about the change."""
+    write_methods(tmp_path / "raw.csv", {BASE: [(10, 90), (30, 80)], "m": [(9, 89), (27, 79)]})
+    changed, _ = judged(experiment, tmp_path / "raw.csv")
+    sweep = sweep_of(changed, Raw(tmp_path / "raw.csv"), "balanced", {1.0: ("m", None)}, "weight", (BASE, 1.0))
+    (point,) = sweep.points
+    assert (point.score, point.skill, point.skill_half) == (-2, -1, 0)
+    assert point.score_half == pytest.approx(stats.t.ppf(0.975, 1) * 1)
+    assert sweep.first_skill == 0
 
 
 # ---- settings

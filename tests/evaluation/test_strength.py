@@ -86,6 +86,12 @@ class TestSweep:
             "Suggested: strength 1, the best CHAIRi of those that lose at most 0.6 of the base's"
         )
 
+    def test_titles_say_what_values_are_differences_to(self):
+        sweep = Sweep(CHAIR, SKILL, POINTS, 0.6, compared="the base")
+        head, advice = sweep.as_table().splitlines()[0], sweep.as_table().splitlines()[-1]
+        assert "CHAIRi, difference to the base ↓ | skills, difference to the base ↑" in head
+        assert "difference" not in advice
+
     def test_the_table_shows_intervals_where_there_are_any(self):
         points = (Point(0.0, 9.0, 90.0, 0.5, 1.25), Point(1.0, 8.0, 90.0, 0.25), Point(2.0, 8.5, 89.0))
         cells = [line.split("|")[2:4] for line in Sweep(CHAIR, SKILL, points, 0.5).as_table().splitlines()[2:5]]

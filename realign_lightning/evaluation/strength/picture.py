@@ -52,7 +52,7 @@ def _draw_over_strength(axes: Axes, sweep: Sweep) -> None:
     axes.plot(strengths, scores, "o-", color=_FRONT, ms=5)
     _ring(axes, sweep.suggested.strength, sweep.suggested.score)
     axes.set_xlabel("strength (0 is the base model, 1 as trained)" if sweep.dial == "strength" else sweep.dial)
-    _point_up(axes, sweep.score_axis)
+    _point_up(axes, sweep)
 
 
 def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
@@ -78,10 +78,10 @@ def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
     lowest = first - skill_axis.worth(sweep.tolerance)
     label = f"the base's skill less {sweep.tolerance:g}"
     axes.axvline(lowest, color=MUTED, lw=1, ls=":", zorder=0, label=label)
-    axes.set_xlabel(skill_axis.title if skill_axis.higher_is_better else f"{skill_axis.title} (lower is better: right)")
+    axes.set_xlabel(sweep.title(skill_axis) + ("" if skill_axis.higher_is_better else " (lower is better: right)"))
     if not skill_axis.higher_is_better:
         axes.invert_xaxis()
-    _point_up(axes, sweep.score_axis)
+    _point_up(axes, sweep)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="best")
 
 
@@ -89,10 +89,11 @@ def _skill(point: Point) -> float:
     return float("nan") if point.skill is None else point.skill
 
 
-def _point_up(axes: Axes, axis: Axis) -> None:
+def _point_up(axes: Axes, sweep: Sweep) -> None:
     """Let better be up."""
-    axes.set_ylabel(axis.title if axis.higher_is_better else f"{axis.title} (lower is better: up)")
-    if not axis.higher_is_better:
+    is_up = sweep.score_axis.higher_is_better
+    axes.set_ylabel(sweep.title(sweep.score_axis) + ("" if is_up else " (lower is better: up)"))
+    if not is_up:
         axes.invert_yaxis()
 
 

@@ -62,6 +62,7 @@ class Sweep:
         tolerance: how much of the base's skill may be lost, in the skill's own unit.
         base_skill: what losses are counted from; None is the first point's.
         dial: what is turned from point to point.
+        compared: what scores and skills are differences to, for titles; empty where they are what was measured.
     """
 
     score_axis: Axis
@@ -70,11 +71,20 @@ class Sweep:
     tolerance: float
     base_skill: float | None = None
     dial: str = "strength"
+    compared: str = ""
 
     @property
     def first_skill(self) -> float | None:
         """What losses are counted from; None where no skill was measured."""
         return self.points[0].skill if self.base_skill is None else self.base_skill
+
+    def title(self, axis: Axis) -> str:
+        """The title of an axis, with what its values are differences to.
+
+        Args:
+            axis: of score or skill.
+        """
+        return f"{axis.title}, difference to {self.compared}" if self.compared else axis.title
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -113,10 +123,13 @@ class Sweep:
 
     def as_table(self) -> str:
         """A Markdown table of all points, and what is suggested."""
-        skill = [] if self.skill_axis is None else [_header(self.skill_axis)]
-        head = [self.dial, _header(self.score_axis), *skill, ""]
+        skill = [] if self.skill_axis is None else [self._header(self.skill_axis)]
+        head = [self.dial, self._header(self.score_axis), *skill, ""]
         table = markdown_table(head, map(self._row, self.points), "r" * len(head))
         return f"{table}\n\n{self._advice()}"
+
+    def _header(self, axis: Axis) -> str:
+        return f"{self.title(axis)} {'↑' if axis.higher_is_better else '↓'}"
 
     def _row(self, point: Point) -> list[str]:
         notes = ["front"] if point in self.front and self.skill_axis is not None else []
@@ -160,10 +173,6 @@ def _shown(value: float | None, half: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if half is None else f"{value:.2f} ± {half:.2f}"
-
-
-def _header(axis: Axis) -> str:
-    return f"{axis.title} {'↑' if axis.higher_is_better else '↓'}"
 
 
 def read_scales(text: str) -> tuple[float, ...]:
