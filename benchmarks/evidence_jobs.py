@@ -7,13 +7,16 @@ that an interrupted experiment goes on where it was, and loses a run at most.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -25,15 +28,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.evidence_settings import BASE as BASE
 from benchmarks.evidence_settings import Choosing, Experiment, Method, digest
 from benchmarks.evidence_training import Exam, device_of, make_module, measure, read_pairs, train
 from benchmarks.evidence_worlds import Part
 from realign_lightning.backbones import AdapterStrength, Backbone
 from realign_lightning.backbones.files import write_json
+from realign_lightning.modules import RDPOModule
 from realign_lightning.types import EncodedSample
-
-BASE = "base"
-"""Name of the policy as it was taught."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ class Bench:
         told, folder = self.store.taught(seed), self.store.policy(seed)
         if told.is_file():
             return
-        for half in folder.glob("*"):
-            half.unlink()
+        if folder.exists():
+            shutil.rmtree(folder)
         start = time.process_time()
         report = dict(self.experiment.world.prepare(seed, folder))
         _write(told, {**report, "seconds": time.process_time() - start})
@@ -198,27 +200,53 @@ class Bench:
         if self.store.result(job, run).is_file():
             # The same settings under another name, as the unchanged value of every ablation.
             return
-        start = time.process_time()
-        seconds = {}
+        seconds: dict[str, float] = {}
+        scores = self._measure(self._module(desk, job.seed, run, seconds), desk, run, seconds)
+        _write(self.store.result(job, run), {"scores": scores, "seconds": seconds})
+        _free_models()
+
+    def _module(self, desk: _Desk, seed: int, run: Run, seconds: dict[str, float]) -> RDPOModule:
+        """What is to be measured; notes the time that it took."""
+        experiment, start = self.experiment, time.process_time()
         if run.method is None:
-            untrained = Method(BASE, rule="sft")
-            module = make_module(untrained, desk.backbone, self.experiment.training, 0.0, desk.work)
+            module = make_module(Method(BASE, rule="sft"), desk.backbone, experiment.training, 0.0, desk.work)
             module.configure_model()
-            module.to(device_of(self.experiment.training))
-        else:
-            samples = desk.samples(run.method)
-            seconds["pairs"] = time.process_time() - start
-            training = self.experiment.training
-            module = train(run.method, desk.backbone, samples, training, run.rate, job.seed, desk.work)
-            seconds["training"] = time.process_time() - start - seconds["pairs"]
+            return module.to(device_of(experiment.training))
+        samples = desk.samples(run.method)
+        seconds["pairs"] = time.process_time() - start
+        module = train(
+            run.method,
+            desk.backbone,
+            samples,
+            experiment.training,
+            run.rate,
+            seed,
+            desk.work,
+            experiment.scoring_batch_size,
+            experiment.gradient_checkpointing,
+        )
+        seconds["training"] = time.process_time() - start - seconds["pairs"]
+        return module
+
+    def _measure(
+        self, module: RDPOModule, desk: _Desk, run: Run, seconds: dict[str, float]
+    ) -> dict[str, dict[str, float]]:
+        """Scores by strength; notes the time that they took."""
         start, scores = time.process_time(), {}
         margins, exams = desk.margins(run.part), desk.exams(run.part)
         strength = AdapterStrength(module.policy)
         for value in run.strengths:
             strength.set(value)
-            scores[f"{value:g}"] = measure(module, exams, margins)
+            scores[f"{value:g}"] = measure(module, exams, margins, self.experiment.scoring_batch_size)
         seconds["measuring"] = time.process_time() - start
-        _write(self.store.result(job, run), {"scores": scores, "seconds": seconds})
+        return scores
+
+
+def _free_models() -> None:
+    # Modules refer to each other in circles: without this the next model is loaded beside the last.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _Desk:
@@ -244,9 +272,12 @@ class _Desk:
     def samples(self, method: Method) -> list[EncodedSample]:
         wanted = method.negative, method.balanced
         if wanted not in self._samples:
-            self._samples[wanted] = read_pairs(
-                self._folder, self.backbone, method.negative, self._job.seed, method.balanced
-            )
+            experiment, seed = self._store.experiment, self._job.seed
+            if not experiment.keep_questions:
+                self._samples.clear()
+            most = experiment.world.most_pairs
+            found = read_pairs(self._folder, self.backbone, method.negative, seed, method.balanced, most)
+            self._samples[wanted] = found
         return self._samples[wanted]
 
     def exams(self, part: Part) -> list[Exam]:
@@ -261,8 +292,11 @@ class _Desk:
         if part not in self._margins:
             seed, world = self._job.seed, self._store.experiment.world
             folder = world.margin_pairs(self.backbone, seed, part, self._store.pairs(seed, "margins", {"part": part}))
-            found = [] if folder is None else read_pairs(folder, self.backbone, "retrieved", seed)
-            self._margins[part] = found
+            if folder is None:
+                self._margins[part] = []
+            else:
+                # The same draw for all seeds, as with questions.
+                self._margins[part] = read_pairs(folder, self.backbone, "retrieved", 0, most=world.most_pairs)
         return self._margins[part]
 
 
@@ -308,7 +342,20 @@ def do_all(store: Store, seeds: Sequence[int], stages: Sequence[Callable[[], lis
         seeds: of all policies.
         stages: each says what its jobs are when those of the stages before are done.
         workers: processes.
+
+    Raises:
+        RuntimeError: if a worker process dies.
     """
+    try:
+        _do_all(store, seeds, stages, workers)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"A worker process died, most often for want of memory. What it said last is in the newest of "
+            f"{store.folder}/worker_*.log. Start again with fewer --workers: finished runs are kept."
+        ) from error
+
+
+def _do_all(store: Store, seeds: Sequence[int], stages: Sequence[Callable[[], list[Job]]], workers: int) -> None:
     jobs: list[Job] = []
     waiting: list[Job] = []
     left = list(stages)
@@ -550,6 +597,18 @@ def choose(found: Sequence[Choice], choosing: Choosing) -> Choice:
     allowed = [choice for choice in found if choice.lost <= choosing.most_lost]
     best = min(allowed, key=lambda choice: choice.score, default=min(found, key=lambda choice: choice.lost))
     return replace(best, tried=len(found))
+
+
+def by_seed(jobs: Sequence[Job]) -> list[Job]:
+    """All jobs of a seed, then all of the next: who does them keeps what was encoded for one seed only.
+
+    Args:
+        jobs: in an order that stays within a seed; seeds come as they come first.
+    """
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.seed, []).append(job)
+    return [job for group in groups.values() for job in group]
 
 
 def _by_pairs(seed: int, world: str, runs: Sequence[Run]) -> list[Job]:

@@ -20,6 +20,7 @@ from benchmarks.evidence_report import (
     measure_of,
     method_table,
     stage_table,
+    versus_table,
 )
 from benchmarks.evidence_settings import Experiment
 from realign_lightning.evaluation.strength.sweep import Sweep
@@ -40,11 +41,8 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
     parts = [
         "<!-- Written by benchmarks/evidence.py; edit recipes, or evidence/*.md, not this file. -->\n\n# Evidence",
         _verdicts(experiment, judge(experiment, raw)),
+        _read(folder / "summary.md"),
         _read(folder / "introduction.md"),
-        "## Results",
-        "![Differences of all methods to the base policy, with intervals](images/evidence_methods.png)",
-        *(_world(experiment, raw, world) for world in experiment.world.names),
-        _read(folder / "reading.md"),
         f"## What was chosen\n\nThe same grid for every method, {experiment.world.chosen_on}; the lowest "
         f"{experiment.choosing.score} of what loses at most {experiment.choosing.most_lost:g} points of "
         f"{experiment.choosing.kept} on the mean, or what loses least.",
@@ -52,11 +50,16 @@ def write_page(experiment: Experiment, docs: Path, recipe: Path) -> None:
     ]
     if experiment.traded:
         parts += _trades(experiment, folder, pictures)
+    parts += [
+        "## Results",
+        "![Differences of all methods to the base policy, with intervals](images/evidence_methods.png)",
+        *(_world(experiment, raw, world) for world in experiment.world.names),
+    ]
     if experiment.ablation_seeds:
         seeds = experiment.seeds[: experiment.ablation_seeds]
         parts += _ablations(experiment, Raw(folder / "ablations.csv", seeds))
         parts += _dials(draw_dials(experiment, folder, pictures, seeds))
-    parts += ["## Time", stage_table(folder), _read(folder / "time.md")]
+    parts += [_read(folder / "reading.md"), "## Time", stage_table(folder), _read(folder / "time.md")]
     parts += [f"Raw numbers: `docs/evidence/*.csv`. Recipe: `{recipe}`."]
     (docs / "evidence.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
@@ -75,10 +78,13 @@ def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
         "**Shown:**": [verdict for verdict in verdicts if verdict.holds],
     }
     policies = min(verdict.found.policies for verdict in verdicts)
+    missed = max(1, round(len(verdicts) / 20))
+    kind = experiment.world.seeds_are
     said = [
-        f"Over {policies} {experiment.world.seeds_are}, means of paired differences with Student's 95 % intervals, "
-        f"each for itself: of {len(verdicts)}, one in twenty may lie beside the truth. They are about other "
-        f"{experiment.world.seeds_are} with the hyper-parameters that were chosen here. What does not hold comes first."
+        f"Over {policies} {kind}, means of paired differences with Student's 95 % intervals, "
+        f"each for itself: of {len(verdicts)} such intervals {missed} can be expected to miss the truth. They are "
+        f"about other {kind}, with the hyper-parameters that were chosen here, and on images of the same kind. "
+        "What does not hold comes first."
     ]
     for title, group in groups.items():
         lines = [f"* {verdict.line(measure_of(experiment, verdict.claim.measure))}" for verdict in group]
@@ -87,7 +93,11 @@ def _verdicts(experiment: Experiment, verdicts: Sequence[Verdict]) -> str:
 
 
 def _world(experiment: Experiment, raw: Raw, world: str) -> str:
-    parts = [f"### Pairs from the {world} world", method_table(experiment, raw, world)]
+    key = experiment.pictured[0]
+    title = measure_of(experiment, key).title
+    told = f"{title}, the row less the column, bold where the interval is clear of zero:"
+    parts = [f"### Pairs from the {world} world", told]
+    parts += [versus_table(experiment, raw, world, key), "All measures, means:", method_table(experiment, raw, world)]
     for against in AGAINST:
         if against in (BASE, *experiment.methods):
             title = "the base policy" if against == BASE else experiment.methods[against].title
@@ -102,7 +112,8 @@ def _trades(experiment: Experiment, folder: Path, pictures: Path) -> list[str]:
     told = (
         "All points of the grid, means over the policies of development: every line begins at the base policy and goes "
         f"on with the strength of the adapter. Up is better ({score}), left is what it costs ({kept}), left of the "
-        "dotted line too much."
+        "dotted line too much; lines end where more than three points are lost. No intervals: these are "
+        f"{len(experiment.development)} policies, and other questions than those of the results."
     )
     return [told, "![Gain over cost at all points of the grid](images/evidence_trades.png)"]
 
@@ -129,7 +140,7 @@ def _dials(sweeps: dict[str, Sweep]) -> list[str]:
     parts = [
         "## The price: hallucination against untouched skills\n\nUp is fewer hallucinations, right is more skill. "
         "What `realign-lightning sweep-strength` does for one model, over all policies of the ablations, as paired "
-        "differences to the base policy. What is "
+        "differences to the base policy; points next to each other differ by less than their intervals. What is "
         "suggested is read off these very scenes; nothing above was chosen so."
     ]
     for name, sweep in sweeps.items():

@@ -126,17 +126,21 @@ class Raw:
 
         Raises:
             KeyError: if nothing was measured.
+            ValueError: if a seed has several scores: of several rates or strengths.
         """
         wanted = "" if method == BASE else world
-        found = {
-            int(row["seed"]): float(row[key])
+        rows = [
+            row
             for row in self.rows
             if row["method"] == method
             and row["world"] == wanted
             and (strength is None or math.isclose(float(row["strength"]), strength))
-        }
-        if not found:
+        ]
+        if not rows:
             raise KeyError(f"no {key!r} of {method!r} in {world!r}")
+        found = {int(row["seed"]): float(row[key]) for row in rows}
+        if len(found) < len(rows):
+            raise ValueError(f"Expected one {key!r} of {method!r} in {world!r} per seed: say which rate and strength.")
         return found
 
 
@@ -258,6 +262,27 @@ def difference_table(experiment: Experiment, raw: Raw, world: str, against: str)
         for measure in experiment.measures
     ]
     return markdown_table(head, rows, "ll" + "r" * len(names))
+
+
+def versus_table(experiment: Experiment, raw: Raw, world: str, key: str) -> str:
+    """Paired differences of every method (row) to every other (column) in one measure.
+
+    Args:
+        experiment: whose.
+        raw: numbers of the methods.
+        world: name.
+        key: of the measure.
+    """
+    names, measure = [BASE, *experiment.methods], measure_of(experiment, key)
+    rows = [
+        [
+            _title(experiment, name),
+            *("" if name == other else _difference_cell(raw, world, name, other, measure) for other in names),
+        ]
+        for name in names
+    ]
+    head = [f"{measure.title} {_arrow(measure)}", *(_title(experiment, name) for name in names)]
+    return markdown_table(head, rows, "l" + "r" * len(names))
 
 
 def _cell(raw: Raw, world: str, name: str, measure: Measure) -> str:

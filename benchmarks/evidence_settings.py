@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentParser
 
-from benchmarks.evidence_worlds import World
+from benchmarks.evidence_worlds import Part, World
+
+BASE = "base"
+"""Name of the policy as it was taught."""
 
 Rule = Literal["rdpo", "sft", "released"]
 """The loss of a method: of the preferences, plain SFT, or what the authors' released code computes."""
 
 Negative = Literal["retrieved", "random", "crop"]
 """The image of the visual preference: the retrieved one, that of another pair, or mDPO's crop of the image itself."""
+
+
+NUMBERED = {"visual_weight", "sft_weight"}
+"""Names of ablations that are drawn over the numbers in their labels."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,28 @@ class Training:
     rank: int
     trainer: dict[str, Any] = field(default_factory=lambda: {"accelerator": "cpu", "devices": 1})
 
+    def __post_init__(self) -> None:
+        wanted = self.trainer.get("devices", "auto")
+        found = self._all_devices() if str(wanted) in ("auto", "-1") else wanted
+        if str(found) != "1":
+            resolved = "" if found is wanted else f", which is {found} here"
+            raise ValueError(
+                f"Expected `devices` of `trainer` to be 1, got {wanted!r}{resolved}: a process trains and measures on "
+                "one device. Set devices: 1, and CUDA_VISIBLE_DEVICES to choose which."
+            )
+
+    def _all_devices(self) -> int:
+        on_gpu = self.trainer.get("accelerator", "auto") in ("gpu", "cuda", "auto")
+        return max(1, torch.cuda.device_count()) if on_gpu else 1
+
+    def steps_of(self, method: Method) -> int:
+        """Optimizer steps of a method.
+
+        Args:
+            method: that may take more or fewer than others.
+        """
+        return round(self.steps * method.step_factor)
+
 
 @dataclass(frozen=True)
 class Choosing:
@@ -196,7 +227,9 @@ class Experiment:
         pictured: keys of the measures in pictures and in tables of ablations, the most important first.
         claims: what the page's first paragraph says about.
         questions_at_once: questions per call of the model's ``generate``.
-        keep_questions: keep encoded questions in memory; for small images.
+        keep_questions: keep encoded questions, and pairs with all kinds of negatives, in memory; for small images.
+        scoring_batch_size: pairs per forward pass without gradient: the reference's log-probs, and margins.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
         traded: names of at most four methods; what they gain at every point of the grid is drawn over what it costs.
     """
 
@@ -216,17 +249,25 @@ class Experiment:
     claims: list[Claim]
     questions_at_once: int = 256
     keep_questions: bool = True
+    scoring_batch_size: int = 64
+    gradient_checkpointing: bool = False
     traded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if both := set(self.seeds) & set(self.development):
             raise ValueError(f"Expected other seeds in `development` than in `seeds`, got {sorted(both)} in both.")
-        if self.ablations and self.ablated not in self.methods:
+        if (self.ablations or self.dial) and self.ablated not in self.methods:
             raise ValueError(f"Expected `ablated` to be one of {sorted(self.methods)}, got {self.ablated!r}.")
         named = {world for name in self.ablations for world in self.worlds_of(name)} | set(self.ablation_worlds)
         if unknown := named - set(self.world.names):
             raise ValueError(f"Expected worlds of ablations among {list(self.world.names)}, got {sorted(unknown)}.")
         self._check_names()
+        self._check_directions()
+        self._check_steps()
+        self._check_dials()
+        self._check_parts()
+        if self.scoring_batch_size < 1:
+            raise ValueError(f"Expected `scoring_batch_size` of at least 1, got {self.scoring_batch_size}.")
         if len(self.traded) > 4:
             raise ValueError(f"Expected at most four methods in `traded`, got {self.traded}.")
         if not 0 <= self.ablation_seeds <= len(self.seeds):
@@ -234,16 +275,74 @@ class Experiment:
 
     def _check_names(self) -> None:
         """A name that is none must show now, not when all is trained."""
+        if BASE in self.methods:
+            raise ValueError(
+                f"Expected other names in `methods` than {BASE!r}, which is the policy as it was taught, got "
+                f"{sorted(self.methods)}. Rename the method."
+            )
         measures = {measure.key for measure in self.measures}
         read = [*self.pictured, self.choosing.score, self.choosing.kept, *(claim.measure for claim in self.claims)]
         compared = [name for claim in self.claims for name in (claim.method, claim.against)]
         for title, names, known in (
             ("measures", read, measures),
-            ("methods of claims", compared, {"base", *self.methods}),
+            ("methods of claims", compared, {BASE, *self.methods}),
             ("methods in `traded`", self.traded, set(self.methods)),
         ):
             if unknown := set(names) - known:
                 raise ValueError(f"Expected {title} among {sorted(known)}, got {sorted(unknown)}.")
+
+    def _check_directions(self) -> None:
+        """A choice takes the lowest score and keeps what is high; a claim is that something gets better."""
+        known = {measure.key: measure.higher_is_better for measure in self.measures}
+        for name, key, wanted in (
+            ("score", self.choosing.score, False),
+            ("kept", self.choosing.kept, True),
+        ):
+            if known[key] is not wanted:
+                raise ValueError(
+                    f"Expected `choosing.{name}` to be a measure with `higher_is_better: {str(wanted).lower()}`, got "
+                    f"{key!r} with {known[key]}. Name another measure, or correct it in `measures`."
+                )
+        if vague := sorted({claim.measure for claim in self.claims if known[claim.measure] is None}):
+            raise ValueError(
+                f"Expected `claims` on measures with `higher_is_better` true or false, got {vague}, which have "
+                "neither. Say in `measures` what is better, or claim something else."
+            )
+
+    def _check_steps(self) -> None:
+        methods = list(self.methods.items())
+        for name, ablation in self.ablations.items():
+            changed = ablation.methods(self.methods[self.ablated])
+            methods += [(f"{name}={label}", method) for label, method in changed.items()]
+        if idle := [name for name, method in methods if self.training.steps_of(method) < 1]:
+            raise ValueError(
+                f"Expected `steps` times `step_factor` of at least 1, got {self.training.steps} steps, of which "
+                f"nothing is left for {idle}. Raise `training.steps` or their `step_factor`."
+            )
+
+    def _check_dials(self) -> None:
+        """What is drawn as a dial has numbers, and begins at the policy as it was taught."""
+        if self.dial and 0.0 not in self.dial:
+            raise ValueError(
+                f"Expected 0.0, which is the policy as it was taught, among the strengths in `dial`, got {self.dial}. "
+                "Add it, or leave the dial empty."
+            )
+        for name in NUMBERED & self.ablations.keys():
+            if wrong := [label for label in self.ablations[name].values if not _is_number(label)]:
+                raise ValueError(
+                    f"Expected numbers as labels of the ablation {name!r}, which is drawn over them, got {wrong}. "
+                    "Write the weight itself, or give the ablation another name."
+                )
+
+    def _check_parts(self) -> None:
+        """What is not there to be measured on must show now, not hours later."""
+        needed: list[Part] = ["validation", "test"]
+        needed += ["ablation"] if self.ablation_seeds or self.dial else []
+        if missing := [part for part in needed if part not in self.world.parts]:
+            raise ValueError(
+                f"Expected the world to have something to measure for the parts {needed}, got none for {missing}. Add "
+                "it to the world's arguments; `ablation` can be left out with `ablation_seeds: 0` and `dial: []`."
+            )
 
     def worlds_of(self, ablation: str) -> list[str]:
         """The worlds that an ablation is run in.
@@ -253,6 +352,13 @@ class Experiment:
         """
         own = self.ablations[ablation].worlds
         return self.ablation_worlds if own is None else own
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
 
 
 def read_experiment(recipe: str | Path, changes: Sequence[str] = ()) -> Experiment:

@@ -63,7 +63,12 @@ class EncodedPairs(pl.LightningDataModule):
 
 
 def read_pairs(
-    folder: Path, backbone: Backbone, negative: Negative, seed: int, balanced: bool = False
+    folder: Path,
+    backbone: Backbone,
+    negative: Negative,
+    seed: int,
+    balanced: bool = False,
+    most: int | None = None,
 ) -> list[EncodedSample]:
     """The pairs of a folder, with the negative image that a method wants.
 
@@ -73,39 +78,50 @@ def read_pairs(
         negative: see :data:`~benchmarks.evidence_settings.Negative`.
         seed: of what is drawn.
         balanced: leave out answers that turn one way more often than the other.
+        most: pairs, drawn from all of the folder; None takes all.
     """
     dataset = ShardDataset(str(folder), backbone)
     rows = list(range(len(dataset)))
-    samples = [dataset.decode(row) for row in rows]
+    if most is not None and most < len(rows):
+        rows = sorted(random.Random(seed).sample(rows, most))
     if balanced:
-        surplus = surplus_answers([(sample.chosen, sample.rejected) for sample in samples], seed)
-        rows = sorted(set(rows) - set(surplus))
-        samples = [samples[row] for row in rows]
-    if negative == "random":
-        samples = _with_random_negatives(samples, seed)
-    if negative == "crop":
-        crop = CroppedNegative()
-        samples = [crop(sample, sample_random(seed, 0, sample.key)) for sample in samples]
+        texts = [(sample.chosen, sample.rejected) for sample in map(dataset.decode, rows)]
+        surplus = set(surplus_answers(texts, seed))
+        rows = [row for place, row in enumerate(rows) if place not in surplus]
+    # One by one: decoded images take more memory than encoded ones.
     return [
         replace(
             backbone.encode_sample(sample),
             fingerprint=f"{dataset.fingerprint(row)}:{hash_bytes(sample.retrieved.tobytes())}",
         )
-        for row, sample in zip(rows, samples, strict=True)
+        for row, sample in zip(rows, _with_negatives(dataset, rows, negative, seed), strict=True)
     ]
 
 
-def _with_random_negatives(samples: Sequence[PreferenceSample], seed: int) -> list[PreferenceSample]:
+def _with_negatives(
+    dataset: ShardDataset, rows: Sequence[int], negative: Negative, seed: int
+) -> Iterator[PreferenceSample]:
+    if negative == "random":
+        yield from _with_random_negatives(dataset, rows, seed)
+        return
+    crop = CroppedNegative()
+    for sample in map(dataset.decode, rows):
+        yield crop(sample, sample_random(seed, 0, sample.key)) if negative == "crop" else sample
+
+
+def _with_random_negatives(dataset: ShardDataset, rows: Sequence[int], seed: int) -> Iterator[PreferenceSample]:
     """The same texts, with the image of any pair that is about another image."""
     generator = random.Random(seed)
-    images = [sample.image.tobytes() for sample in samples]
-
-    def another(row: int) -> int:
-        while images[other := generator.randrange(len(samples))] == images[row]:
+    images = [hash_bytes(dataset.decode(row).image.tobytes()) for row in rows]
+    if len(set(images)) == 1:
+        raise ValueError(
+            f"Expected pairs about at least 2 images for `negative: random`, got {len(rows)} about one. Take more "
+            "pairs, or leave the method out."
+        )
+    for place, row in enumerate(rows):
+        while images[other := generator.randrange(len(rows))] == images[place]:
             pass
-        return other
-
-    return [replace(sample, retrieved=samples[another(row)].image) for row, sample in enumerate(samples)]
+        yield replace(dataset.decode(row), retrieved=dataset.decode(rows[other]).image)
 
 
 class ReleasedBackbone(DigitBackbone):
@@ -180,6 +196,8 @@ def train(
     rate: float,
     seed: int,
     work: Path,
+    scoring_batch_size: int = 64,
+    gradient_checkpointing: bool = False,
 ) -> RDPOModule:
     """Train a method.
 
@@ -191,17 +209,17 @@ def train(
         rate: learning rate.
         seed: of the adapter's first weights and the order of the pairs.
         work: folder of the reference's log-probs.
+        scoring_batch_size: pairs per forward pass of the reference.
+        gradient_checkpointing: recompute activations in the backward pass.
     """
     pl.seed_everything(seed, verbose=False)
-    module = make_module(method, backbone, training, rate, work)
+    module = make_module(method, backbone, training, rate, work, gradient_checkpointing)
     module.configure_model()
     module.to(device_of(training))
     kept = samples[: max(1, round(method.share * len(samples)))]
-    if module.reference_kind == "cached":
-        module.cache_reference(DataLoader(kept, 64, collate_fn=backbone.collate))  # type: ignore[arg-type]
     trainer = pl.Trainer(
         **training.trainer,
-        max_steps=round(training.steps * method.step_factor),
+        max_steps=training.steps_of(method),
         max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
@@ -209,6 +227,12 @@ def train(
         enable_model_summary=False,
         default_root_dir=work,
     )
+    if module.reference_kind == "cached":
+        # The Trainer looks for log-probs of the precision that it computes in.
+        with trainer.precision_plugin.forward_context():
+            module.cache_reference(
+                DataLoader(kept, scoring_batch_size, collate_fn=backbone.collate)  # type: ignore[arg-type]
+            )
     trainer.fit(module, datamodule=EncodedPairs(kept, backbone, training.batch_size, seed))
     # The Trainer leaves it on the CPU.
     return module.to(device_of(training))
@@ -225,7 +249,14 @@ def device_of(training: Training) -> torch.device:
     return torch.device("cuda" if is_gpu else "cpu")
 
 
-def make_module(method: Method, backbone: Backbone, training: Training, rate: float, work: Path) -> RDPOModule:
+def make_module(
+    method: Method,
+    backbone: Backbone,
+    training: Training,
+    rate: float,
+    work: Path,
+    gradient_checkpointing: bool = False,
+) -> RDPOModule:
     """The module that trains a method.
 
     Args:
@@ -234,6 +265,7 @@ def make_module(method: Method, backbone: Backbone, training: Training, rate: fl
         training: what is the same for all methods.
         rate: learning rate.
         work: folder of the reference's log-probs.
+        gradient_checkpointing: recompute activations in the backward pass.
     """
     loss: PreferenceLoss = SFTLoss(**method.loss) if method.rule == "sft" else RDPOLoss(**method.loss)
     kind: type[RDPOModule] = RDPOModule
@@ -249,6 +281,7 @@ def make_module(method: Method, backbone: Backbone, training: Training, rate: fl
         LoRA(r=training.rank, alpha=2 * training.rank, dropout=0.0),
         optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=0.0),
         reference=reference,
+        gradient_checkpointing=gradient_checkpointing,
         reference_cache=str(work / "reference"),
     )
 
@@ -290,13 +323,16 @@ class Exam:
         return self.benchmark.score([answers[row] for row in range(len(told))])
 
 
-def measure(module: RDPOModule, exams: Sequence[Exam], margins: Sequence[EncodedSample]) -> dict[str, float]:
+def measure(
+    module: RDPOModule, exams: Sequence[Exam], margins: Sequence[EncodedSample], scoring_batch_size: int = 64
+) -> dict[str, float]:
     """All scores of a policy, as it now is.
 
     Args:
         module: trained, or not.
         exams: what is asked.
         margins: pairs about images that nothing was trained on.
+        scoring_batch_size: of these per forward pass.
     """
     policy: Any = module.policy.eval()
     scores: dict[str, float] = {}
@@ -308,7 +344,7 @@ def measure(module: RDPOModule, exams: Sequence[Exam], margins: Sequence[Encoded
         for exam in exams:
             scores |= exam.scores(policy)
         if margins:
-            scores[MARGIN] = _margin(module, margins)
+            scores[MARGIN] = _margin(module, margins, scoring_batch_size)
         if merges:
             policy.unmerge_adapter()
     return scores
@@ -318,9 +354,9 @@ def _parts(items: Sequence[Any], size: int) -> list[Any]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _margin(module: RDPOModule, samples: Sequence[EncodedSample]) -> float:
+def _margin(module: RDPOModule, samples: Sequence[EncodedSample], batch_size: int) -> float:
     total = 0.0
-    for part in _parts(samples, 64):
+    for part in _parts(samples, batch_size):
         batch = module.transfer_batch_to_device(module.backbone.collate(list(part)), module.device, 0)
         # Not the module's score, which reads what its method compares: words or tokens of its own.
         found = score(module.backbone, module.policy, batch, ("chosen", "visual"))

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,9 +47,13 @@ class World(ABC):
         names: of the kinds of pairs that every method is trained on, one after the other.
         seeds_are: what differs from seed to seed, for the page.
         chosen_on: on what hyper-parameters are chosen, for the page.
+        parts: for which there is something to measure.
+        most_pairs: that are read of every folder, drawn by seed; None are all.
     """
 
     names: Sequence[str]
+    parts: Collection[Part] = ("validation", "test", "ablation")
+    most_pairs: int | None = None
     seeds_are: str = "seeds"
     chosen_on: str = "with other seeds, on the questions of the validation part"
 
@@ -58,7 +62,7 @@ class World(ABC):
 
         Args:
             seed: of the policy.
-            folder: for it; what is there already was made before.
+            folder: for it, which is not there: what an interrupted call left was removed.
 
         Returns:
             Plain values that are worth keeping.
@@ -244,6 +248,7 @@ class Digits(World):
         self.teaching = teaching
         self.scenes = scenes
         self.sizes = sizes
+        self.parts = list(sizes)
 
     def prepare(self, seed: int, folder: Path) -> Mapping[str, Any]:
         """Teach a policy; what it can do."""
@@ -324,9 +329,14 @@ class Prepared(World):
     Args:
         model: the policy.
         shards: folders of pairs by name.
-        tests: what is measured, on every part.
+        tests: what is measured, by part: ``validation`` and ``test``, and for ablations and dials ``ablation``.
         variants: folders of pairs by name and, behind a slash, the changes in JSON, as ablations name them.
         held_out: shards of pairs that nothing was trained on, for margins.
+        most_pairs: that are read of a folder, a draw of its own for every seed: they stay in memory, and training takes
+            no more than its steps times its batch size. None reads all.
+
+    Raises:
+        ValueError: if ``tests`` lacks a part that every experiment needs, or ``most_pairs`` is below 1.
     """
 
     seeds_are = "training seeds of one model, asked about the same images"
@@ -338,16 +348,26 @@ class Prepared(World):
         tests: dict[Part, list[Benchmark]],
         variants: dict[str, str] | None = None,
         held_out: str | None = None,
+        most_pairs: int | None = None,
     ) -> None:
+        if missing := {"validation", "test"} - tests.keys():
+            raise ValueError(
+                f"Expected benchmarks for 'validation' and 'test' in `tests`, got {sorted(tests)}. Add "
+                f"{sorted(missing)}."
+            )
+        if most_pairs is not None and most_pairs < 1:
+            raise ValueError(f"Expected `most_pairs` of at least 1, or null for all, got {most_pairs}.")
         self.names = list(shards)
         self.model = model
         self.shards = shards
         self.tests = tests
         self.variants = variants or {}
         self.held_out = held_out
+        self.most_pairs = most_pairs
+        self.parts = list(tests)
 
     def backbone(self, folder: Path) -> Backbone:
-        """The model; seeds differ in the order of the pairs and in the adapter's first weights."""
+        """The model; seeds differ in draw and order of the pairs and in the adapter's first weights."""
         return self.model
 
     def pairs(self, name: str, changes: Mapping[str, Any], backbone: Backbone, seed: int, folder: Path) -> Path:

@@ -1,22 +1,26 @@
 """benchmarks/evidence.py: its statistics, choices and rules by hand, and the whole of it in small."""
 
 import csv
+import gc
 import json
 import math
+import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from scipy import stats
 
-from benchmarks.evidence import run_all
-from benchmarks.evidence_jobs import BASE, Bench, Choice, Job, Plan, Run, Store, choose
+from benchmarks import evidence_jobs, evidence_training
+from benchmarks.evidence import RECIPE, docs_of, run_all
+from benchmarks.evidence_jobs import BASE, Bench, Choice, Job, Plan, Run, Store, by_seed, choose, do_all
 from benchmarks.evidence_page import write_page
 from benchmarks.evidence_report import (
     Raw,
@@ -27,6 +31,7 @@ from benchmarks.evidence_report import (
     judge,
     sweep_of,
     trades,
+    versus_table,
     write_raw,
 )
 from benchmarks.evidence_settings import Ablation, Choosing, Claim, Measure, Method, Training, describe, read_experiment
@@ -39,11 +44,15 @@ from benchmarks.evidence_worlds import (
     DigitPrior,
     Prepared,
     RankedRetriever,
+    World,
     build_pairs,
 )
+from realign_lightning.backbones import AutoBackbone
 from realign_lightning.data import ShardDataset, ShardWriter
 from realign_lightning.demos import DigitBackbone, DigitScenes
 from realign_lightning.demos.scenes import absent, objects, partner
+from realign_lightning.evaluation.base import Benchmark, Question
+from realign_lightning.losses import RDPOLoss
 from realign_lightning.types import PreferenceBatch
 from tests.conftest import preference_samples
 from tests.evaluation.official import write_coco, write_pope
@@ -218,6 +227,25 @@ def test_scores_are_paired_by_seed_whatever_their_order(tmp_path):
         raw.values("w", "c", "CHAIRi")
 
 
+def test_several_scores_of_a_policy_are_not_taken_for_one(tmp_path):
+    with (tmp_path / "raw.csv").open("w") as file:
+        file.write("seed,world,method,rate,strength,CHAIRi\n1,w,a,0.1,0.5,10\n1,w,a,0.1,1,11\n1,w,a,0.2,1,12\n")
+    raw = Raw(tmp_path / "raw.csv")
+    with pytest.raises(ValueError, match="Expected one 'CHAIRi' of 'a' in 'w' per seed"):
+        raw.values("w", "a", "CHAIRi", 1.0)
+    assert raw.at_rate(0.1).values("w", "a", "CHAIRi", 1.0) == {1: 11}
+
+
+def test_every_method_is_compared_with_every_other(experiment, tmp_path):
+    """CHAIRi of base and rdpo: 10 and 8, 20 and 19, 30 and 27, 15 and 13: -2 ± 1.3 one way, +2 ± 1.3 the other."""
+    scores = {BASE: [(10, 90), (20, 90), (30, 90), (15, 90)], "rdpo": [(8, 90), (19, 90), (27, 90), (13, 90)]}
+    write_methods(tmp_path / "raw.csv", scores)
+    changed, _ = judged(experiment, tmp_path / "raw.csv")
+    told = versus_table(changed, Raw(tmp_path / "raw.csv"), "balanced", "CHAIRi").splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in told]
+    assert cells == [["", "**+2.0 ± 1.3**"], ["**-2.0 ± 1.3**", ""]]
+
+
 def test_methods_with_scores_of_other_policies_are_not_compared(experiment, tmp_path):
     write_methods(tmp_path / "raw.csv", {BASE: [(10, 90), (20, 90)], "rdpo": [(8, 90)]})
     with pytest.raises(ValueError, match="for the same seeds"):
@@ -298,6 +326,21 @@ def test_an_ablation_changes_one_setting_and_keeps_the_others():
     assert (made["e"].step_factor, made["e"].loss) == (2.0, method.loss)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [(DIGITS, "visual_weight"), (DIGITS, "sft_weight"), (DIGITS, "beta"), (DIGITS, "tau"), (REDUCED, "visual_weight")],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
+def test_labels_of_ablations_are_what_is_trained(recipe, name):
+    """The label of what stays as it is too, whose value no recipe says: it is a default, or the ablated method's."""
+    experiment = read_experiment(recipe)
+    ablation, method = experiment.ablations[name], experiment.methods[experiment.ablated]
+    assert {} in ablation.values.values()
+    for label, made in ablation.methods(method).items():
+        used = DigitPairSettings(**made.pairs) if name == "tau" else RDPOLoss(**made.loss)
+        assert getattr(used, name) == float(label)
+
+
 def test_an_ablation_is_run_and_told_in_its_own_worlds(tmp_path):
     experiment = read_experiment(DIGITS)
     plan = Plan(Store(tmp_path, experiment))
@@ -347,19 +390,112 @@ def test_results_of_other_settings_are_never_taken_for_these(experiment, tmp_pat
         store.claim(describe(REDUCED, ["--experiment.world.init_args.scenes=151"]))
 
 
+class Asked(Benchmark):
+    """One question, whose score is the seed that it belongs to."""
+
+    max_new_tokens = 1
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def questions(self):
+        return [Question("is there a one ?", Image.new("RGB", (48, 48)))]
+
+    def score(self, answers):
+        return {"seed": self.seed}
+
+
+class Taught(World):
+    """The shipped policy for all seeds, each with a question of its own; ``prepare`` is as given."""
+
+    names = ("balanced",)
+
+    def __init__(self, prepare=None):
+        self._prepare = prepare
+
+    def prepare(self, seed, folder):
+        return self._prepare(seed, folder)
+
+    def backbone(self, folder):
+        return DigitBackbone()
+
+    def pairs(self, name, changes, backbone, seed, folder):
+        raise AssertionError("nothing is trained")
+
+    def margin_pairs(self, backbone, seed, part, folder):
+        return None
+
+    def benchmarks(self, seed, part):
+        return [Asked(seed)]
+
+
+def base_job(seed, strength=1.0):
+    return Job(seed, "balanced", {}, (Run(BASE, None, 0.0, (strength,), "test"),))
+
+
+def test_every_policy_is_asked_its_own_questions(experiment, tmp_path):
+    """Whatever was encoded for the job before."""
+    store = Store(tmp_path, replace(experiment, world=Taught()))
+    bench, jobs = Bench(store), [base_job(1), base_job(2), base_job(1, 0.5)]
+    for job in jobs:
+        bench.do(job)
+    results = [json.loads(store.result(job, *job.runs).read_text())["scores"] for job in jobs]
+    assert results == [{"1": {"seed": 1}}, {"1": {"seed": 2}}, {"0.5": {"seed": 1}}]
+
+
+def test_a_measured_model_is_gone_before_the_next_is_loaded(experiment, tmp_path, monkeypatch):
+    made, make = [], evidence_jobs.make_module
+
+    def make_and_watch(*arguments, **named):
+        assert [reference() for reference in made] == [None] * len(made)
+        module = make(*arguments, **named)
+        made.append(weakref.ref(module.policy))
+        return module
+
+    monkeypatch.setattr(evidence_jobs, "make_module", make_and_watch)
+    several = Job(1, "balanced", {}, base_job(1).runs + base_job(1, 0.5).runs)
+    gc.disable()
+    try:
+        Bench(Store(tmp_path, replace(experiment, world=Taught()))).do(several)
+    finally:
+        gc.enable()
+    assert len(made) == 2
+
+
+def die(seed, folder):
+    os._exit(3)
+
+
+def test_a_worker_that_dies_says_where_its_log_is(experiment, tmp_path):
+    store = Store(tmp_path, replace(experiment, world=Taught(die)))
+    with pytest.raises(RuntimeError, match=r"A worker process died.*worker_\*\.log"):
+        do_all(store, [1], [list], 1)
+    assert list(tmp_path.glob("worker_*.log"))
+
+
+def test_who_does_the_jobs_of_a_seed_does_them_one_after_the_other(experiment, tmp_path):
+    """The base first: its questions are those of all methods."""
+    plan = Plan(Store(tmp_path, replace(experiment, methods={"rdpo": Method("rDPO")}, claims=[])))
+    choices = {("balanced", "rdpo"): Choice(1e-3, 1.0, 1, 9.0, 0.0)}
+    jobs = plan.method_jobs(choices)
+    ordered = by_seed(jobs)
+    assert [(job.seed, job.runs[0].name) for job in ordered] == [(1, BASE), (1, "rdpo"), (2, BASE), (2, "rdpo")]
+    assert sorted(map(repr, ordered)) == sorted(map(repr, jobs))
+
+
 def test_a_policy_that_was_half_taught_is_taught_again(experiment, tmp_path):
     """A kill while a policy is saved leaves files; what is taught is not taught again."""
     taught = []
 
     def prepare(seed, folder):
-        assert not list(folder.glob("*"))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         (folder / "weights").write_text("whole")
         taught.append(seed)
         return {"CHAIRi": 9.0}
 
-    store = Store(tmp_path, replace(experiment, world=SimpleNamespace(names=["balanced"], prepare=prepare), claims=[]))
-    store.policy(1).mkdir()
+    store = Store(tmp_path, replace(experiment, world=Taught(prepare), claims=[]))
+    (store.policy(1) / "checkpoint").mkdir(parents=True)
+    (store.policy(1) / "checkpoint" / "weights").write_text("hal")
     (store.policy(1) / "weights").write_text("hal")
     for _ in range(2):
         Bench(store).teach(1)
@@ -396,6 +532,75 @@ def test_names_that_are_none_show_before_anything_is_trained(experiment, changes
         replace(experiment, **changes)
     with pytest.raises(ValueError, match="Expected at most four methods in `traded`"):
         replace(experiment, traded=["rdpo"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"choosing": Choosing([1e-3], [1.0], "skills", "skills", 0.5)},
+            r"`choosing\.score`.*false.*'skills' with True",
+        ),
+        (
+            {"choosing": Choosing([1e-3], [1.0], "CHAIRi", "CHAIRi", 0.5)},
+            r"`choosing\.kept`.*true.*'CHAIRi' with False",
+        ),
+        ({"methods": {BASE: Method("m"), "rdpo": Method("m")}}, r"other names in `methods` than 'base'.*Rename"),
+        ({"dial": [0.5, 1.0]}, r"0\.0.*in `dial`, got \[0\.5, 1\.0\].*Add it"),
+        (
+            {"ablations": {"sft_weight": Ablation("a", {"none": {}, "0.1": {}, "nan": {}})}},
+            r"numbers as labels of the ablation 'sft_weight'.*\['none', 'nan'\]",
+        ),
+        # A twentieth of 10 steps is half a step.
+        (
+            {"training": Training(10, 4, 4), "methods": {"rdpo": Method("m", step_factor=0.05)}},
+            r"`step_factor`.*\['rdpo'",
+        ),
+        (
+            {"training": Training(10, 4, 4), "ablations": {"e": Ablation("e", {"0.05": {"step_factor": 0.05}})}},
+            r"`step_factor` of at least 1.*\['e=0\.05'\]",
+        ),
+        ({"ablated": "bass", "ablations": {}}, "`ablated`.*'bass'"),
+        ({"scoring_batch_size": 0}, "`scoring_batch_size`"),
+        (
+            {"world": Prepared(DigitBackbone(), {"balanced": ""}, {"validation": [], "test": []})},
+            r"got none for \['ablation'\].*`ablation_seeds: 0`",
+        ),
+    ],
+)
+def test_experiments_that_would_fail_or_mislead_are_refused(experiment, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(experiment, claims=[], traded=[], **changes)
+
+
+def test_claims_on_what_is_neither_better_nor_worse_are_refused(experiment):
+    vague = [*experiment.measures, Measure("words", "words", higher_is_better=None)]
+    with pytest.raises(ValueError, match=r"`claims` on measures.*\['words'\]"):
+        replace(experiment, measures=vague, claims=[Claim("text", "rdpo", BASE, "words")])
+
+
+def test_an_experiment_without_ablations_needs_nothing_to_measure_them_on(experiment):
+    world = Prepared(DigitBackbone(), {"balanced": ""}, {"validation": [], "test": []})
+    assert replace(experiment, world=world, ablation_seeds=0, dial=[]).world is world
+
+
+@pytest.mark.parametrize("trainer", [{"accelerator": "cpu"}, {"devices": 1}, {"accelerator": "gpu", "devices": "1"}])
+def test_one_device_is_taken(trainer):
+    assert Training(1, 4, 4, trainer).trainer is trainer
+
+
+@pytest.mark.parametrize("trainer", [{"devices": 2}, {"devices": "auto"}, {}, {"devices": -1}, {"devices": [0, 1]}])
+def test_more_than_one_device_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"`devices` of `trainer` to be 1, got .*(2|0, 1).*CUDA_VISIBLE_DEVICES"):
+        Training(1, 4, 4, {"accelerator": "gpu", **trainer})
+
+
+def test_only_the_published_recipe_writes_the_published_page():
+    work = Path("runs/other")
+    assert docs_of(RECIPE, [], work) == docs_of(RECIPE.resolve(), [], work) == Path("docs")
+    assert docs_of(REDUCED, [], work) == work / "docs"
+    assert docs_of(RECIPE, ["--experiment.seeds=[1]"], work) == work / "docs"
 
 
 def test_what_two_names_share_is_counted_once_in_the_time(experiment, tmp_path):
@@ -486,6 +691,54 @@ def test_negatives_are_another_image_and_nothing_else_changes(pairs):
             assert (sample.fingerprint == first.fingerprint) is same
 
 
+def test_a_draw_of_pairs_is_another_for_every_seed_and_not_the_first(pairs):
+    backbone = DigitBackbone()
+    every = read_pairs(pairs / "near", backbone, "retrieved", 0)
+    drawn = {seed: read_pairs(pairs / "near", backbone, "retrieved", seed, most=9) for seed in (0, 1, 2)}
+    known = {sample.key: sample.fingerprint for sample in every}
+    keys = {seed: [sample.key for sample in samples] for seed, samples in drawn.items()}
+    assert [len(names) for names in keys.values()] == [9] * 3
+    assert len({tuple(names) for names in keys.values()} | {tuple(known)[:9]}) == 4
+    assert all(known[sample.key] == sample.fingerprint for samples in drawn.values() for sample in samples)
+    again = read_pairs(pairs / "near", backbone, "crop", 1, most=9)
+    assert [sample.key for sample in again] == keys[1]
+    assert len(read_pairs(pairs / "near", backbone, "retrieved", 0, most=len(every) + 1)) == len(every)
+
+
+def test_only_what_is_drawn_is_decoded(pairs, monkeypatch):
+    decoded, decode = [], ShardDataset.decode
+    monkeypatch.setattr(ShardDataset, "decode", lambda self, row: decoded.append(row) or decode(self, row))
+    read_pairs(pairs / "near", DigitBackbone(), "retrieved", 0, most=9)
+    assert len(decoded) == 9
+
+
+@pytest.mark.parametrize(
+    ("keep", "reads"), [(True, ["retrieved", "crop"]), (False, ["retrieved", "crop", "retrieved"])]
+)
+def test_one_kind_of_negatives_is_kept_at_a_time_where_memory_is_short(experiment, tmp_path, monkeypatch, keep, reads):
+    read, world = [], Prepared(DigitBackbone(), {"balanced": "here"}, {"validation": [], "test": []}, most_pairs=5)
+    monkeypatch.setattr(
+        evidence_jobs,
+        "read_pairs",
+        lambda folder, backbone, negative, *more: read.append((negative, more)) or [negative],
+    )
+    short = replace(experiment, world=world, ablation_seeds=0, dial=[], keep_questions=keep)
+    desk = evidence_jobs._Desk(Store(tmp_path, short), Job(7, "balanced"), {})
+    found = [desk.samples(Method("m", negative=negative)) for negative in ("retrieved", "crop", "retrieved")]
+    assert found == [["retrieved"], ["crop"], ["retrieved"]]
+    assert read == [(negative, (7, False, 5)) for negative in reads]
+
+
+def test_random_negatives_of_one_image_are_refused(tmp_path):
+    """There is no other image to draw."""
+    (sample,) = preference_samples(1)
+    with ShardWriter(tmp_path / "one") as writer:
+        for number in range(3):
+            writer.write(replace(sample, key=f"question{number}"))
+    with pytest.raises(ValueError, match=r"at least 2 images for `negative: random`, got 3 about one"):
+        read_pairs(tmp_path / "one", DigitBackbone(), "random", 0)
+
+
 def test_later_ranks_are_images_that_resemble_less(pairs):
     """By the very embeddings that were searched: no image of the first ten ranks is tried."""
     assert RankedRetriever(10, 5).identity != RankedRetriever(15, 0).identity
@@ -574,7 +827,7 @@ def shards(tmp_path):
 
 
 def test_a_model_with_shards_and_benchmarks_of_its_own(tiny_llava, shards, tmp_path):
-    """The COCO recipe's methods, measures and page, on a tiny LLaVA with files in the official forms."""
+    """The COCO recipe's methods, measures, precision and page, on a tiny LLaVA with files in the official forms."""
     recipe = yaml.safe_load((ROOT / "recipes" / "evidence" / "coco.yaml").read_text())["experiment"]
     pope, coco = write_pope(tmp_path / "pope"), write_coco(tmp_path / "coco")
     tests = [
@@ -585,10 +838,16 @@ def test_a_model_with_shards_and_benchmarks_of_its_own(tiny_llava, shards, tmp_p
     for one, wanted in zip(tests, world["tests"]["test"], strict=True):
         one["class_path"] = wanted["class_path"]
         one["init_args"] |= {"max_new_tokens": 4} if "Chair" in one["class_path"] else {}
-    world["model"]["init_args"] = {"path": str(tiny_llava), "dtype": "float32"}
-    world |= {"shards": {"coco": str(shards)}, "tests": {"validation": tests, "test": tests}, "held_out": str(shards)}
-    training = {"steps": 2, "batch_size": 2, "rank": 2, "trainer": {"accelerator": "cpu", "devices": 1}}
-    recipe |= {"seeds": [1, 2], "training": training}
+    world["model"]["init_args"] |= {"path": str(tiny_llava), "revision": None}
+    world |= {
+        "most_pairs": 3,
+        "shards": {"coco": str(shards)},
+        "tests": {"validation": tests, "test": tests},
+        "held_out": str(shards),
+    }
+    training = {"steps": 2, "batch_size": 2, "rank": 2}
+    recipe["training"] |= {**training, "trainer": recipe["training"]["trainer"] | {"accelerator": "cpu"}}
+    recipe |= {"seeds": [1, 2], "scoring_batch_size": 2}
     recipe["choosing"] |= {"rates": [1e-2], "most_lost": 100.0}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"experiment": recipe}))
@@ -606,8 +865,55 @@ def test_a_model_with_shards_and_benchmarks_of_its_own(tiny_llava, shards, tmp_p
     assert len({row[MARGIN] for row in rows if row["seed"] == "1"}) > 3
 
 
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_pairs_are_scored_in_batches_of_the_wanted_size(pairs, tmp_path, monkeypatch, size):
+    """Margins are the same for all, but for rounding."""
+    backbone, rows, score = DigitBackbone(), [], evidence_training.score
+    samples = read_pairs(pairs / "near", backbone, "retrieved", 0)[:7]
+    module = make_module(Method("m"), backbone, Training(1, 4, 4), 1e-3, tmp_path)
+    module.configure_model()
+    expected = measure(module, [], samples, 7)[MARGIN]
+    monkeypatch.setattr(
+        evidence_training, "score", lambda *arguments: rows.append(len(arguments[2])) or score(*arguments)
+    )
+    assert measure(module, [], samples, size)[MARGIN] == pytest.approx(expected, rel=1e-4)
+    assert rows == [min(size, 7 - start) for start in range(0, 7, size)]
+
+
+def test_activations_are_recomputed_where_the_experiment_says_so(tiny_llava, tmp_path):
+    for wanted in (False, True):
+        backbone = AutoBackbone(str(tiny_llava))
+        module = make_module(Method("m"), backbone, Training(1, 4, 4), 1e-3, tmp_path, gradient_checkpointing=wanted)
+        assert module.policy.get_base_model().is_gradient_checkpointing is wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tests": {"test": []}}, r"'validation' and 'test' in `tests`, got \['test'\]. Add \['validation'\]"),
+        ({"most_pairs": 0}, "`most_pairs` of at least 1"),
+    ],
+)
+def test_a_prepared_world_that_lacks_something_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Prepared(**{"model": DigitBackbone(), "shards": {}, "tests": {"validation": [], "test": []}, **changes})
+
+
+def test_the_model_on_coco_is_the_one_that_is_pinned():
+    recipe = yaml.safe_load((ROOT / "recipes" / "evidence" / "coco.yaml").read_text())["experiment"]
+    pinned = yaml.safe_load((ROOT / "configs" / "backbones" / "llava15_7b.yaml").read_text())
+    model = recipe["world"]["init_args"]["model"]
+    assert model["class_path"] == pinned["class_path"]
+    assert {"path", "revision", "dtype", "max_length"} == model["init_args"].keys()
+    assert model["init_args"].items() <= pinned["init_args"].items()
+    training = recipe["training"]
+    most = training["steps"] * max(method.get("step_factor", 1.0) for method in recipe["methods"].values())
+    assert recipe["world"]["init_args"]["most_pairs"] == most * training["batch_size"]
+
+
 def test_changes_without_shards_are_refused(tmp_path):
-    world = Prepared(DigitBackbone(), {"coco": "here"}, {}, {'coco/{"tau": 0.85}': "there"})
+    tests = {"validation": [], "test": []}
+    world = Prepared(DigitBackbone(), {"coco": "here"}, tests, {'coco/{"tau": 0.85}': "there"})
     assert world.pairs("coco", {}, world.model, 0, tmp_path) == Path("here")
     assert world.pairs("coco", {"tau": 0.85}, world.model, 0, tmp_path) == Path("there")
     with pytest.raises(KeyError, match=r"Expected shards for .*0\.9.* in `variants`"):
