@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _TURNED: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 """What the adapters of models are set to: what they were trained as cannot be read from the models then."""
 
-_SECOND = (".lora_B.", ".lora_embedding_B.")
+_SECOND = ("lora_B", "lora_embedding_B")
 """In the names of LoRA's second matrices."""
 
 
@@ -89,17 +89,21 @@ class AdapterStrength:
     def save(self, folder: str | Path) -> None:
         """Write the adapter as it now counts, for plain peft: loaded, it is the model at this strength.
 
-        The second matrices are scaled; rank and alpha stay those of the training.
+        The second matrices are scaled; rank and alpha stay those of the training. Other adapters that the model has,
+        which are not active, are not written.
 
         Args:
-            folder: made if needed.
+            folder: made if needed; as always with peft, an adapter that is not called ``default`` lies in a folder of
+                its own name in it.
         """
         state: Mapping[str, Tensor] = self.model.state_dict()
+        own = tuple(f".{matrix}.{self.adapter}." for matrix in _SECOND)
         scaled = {
-            name: value * self.value if any(part in name for part in _SECOND) else value
+            # Those of embeddings have nothing behind the adapter's name.
+            name: value * self.value if any(part in f"{name}." for part in own) else value
             for name, value in state.items()
         }
-        self.model.save_pretrained(str(folder), state_dict=scaled)
+        self.model.save_pretrained(str(folder), selected_adapters=[self.adapter], state_dict=scaled)
 
 
 def _lines(wrapper: ModulesToSaveWrapper, adapter: str) -> list[tuple[Tensor, Tensor, Tensor]]:

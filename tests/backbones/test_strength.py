@@ -126,6 +126,28 @@ def test_what_has_no_strength_is_refused(backbone, model):
         AdapterStrength(model).set(float("inf"))
 
 
+def test_trained_biases_are_refused(backbone):
+    with pytest.raises(ValueError, match="without trained biases, got bias='lora_only'"):
+        AdapterStrength(trained(backbone, bias="lora_only"))
+
+
+def test_an_inactive_adapter_is_not_written(backbone, tmp_path):
+    model = LoRA(4, 6, 0.0).apply(backbone, backbone.load_model())
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 1 if ".second." in name else 2
+    strength = AdapterStrength(model)
+    strength.set(0.25)
+    strength.save(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists(), "the inactive one"
+    written = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    values = {value for name, weight in written.items() if "lora_B" in name for value in weight.unique().tolist()}
+    assert values == {0.25}, "B begins with zeros, 1 was added"
+
+
 def test_several_adapters_are_refused(backbone):
     model = LoRA(4, 6, 0.0).apply(backbone, backbone.load_model())
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))

@@ -7,14 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
-from realign_lightning.backbones import LoRA
+from realign_lightning.backbones import AdapterStrength, LoRA
 from realign_lightning.cli import run
 from realign_lightning.demos import DigitBackbone, write_digit_benchmarks
+from realign_lightning.engines import Policy
 from realign_lightning.evaluation import PopeBenchmark
 from realign_lightning.evaluation.run_folder import read_run
-from realign_lightning.evaluation.strength import Axis, Measures, Point, Sweep, draw, read_scales, read_skill
+from realign_lightning.evaluation.strength import (
+    Axis,
+    Measures,
+    Point,
+    Sweep,
+    draw,
+    measure_strengths,
+    read_scales,
+    read_skill,
+)
+from realign_lightning.evaluation.strength.picture import joined_labels
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["--config", str(ROOT / "recipes" / "eval" / "digits_pope.yaml")]
@@ -106,6 +118,41 @@ class TestSweep:
         draw(Sweep(CHAIR, skill, POINTS, 0.5), tmp_path / "sweep.png")
         assert Image.open(tmp_path / "sweep.png").size[0] > 800
 
+    def test_where_none_keeps_the_skill_nothing_is_suggested(self, tmp_path):
+        """Of a base with 95: 92.8, 92.4 and 92.1 are left, all of which lose more than 0.5."""
+        sweep = Sweep(CHAIR, SKILL, POINTS[1:4], 0.5, base_skill=95.0)
+        assert sweep.suggested == POINTS[1]
+        lines = sweep.as_table().splitlines()
+        assert "suggested" not in sweep.as_table()
+        assert "loses least" in lines[2]
+        assert lines[-1] == "No strength loses at most 0.5 of the base's skills: strength 0.5 loses least."
+        assert json.loads(json.dumps(sweep.as_json()))["keeps_skill"] is False
+        draw(sweep, tmp_path / "sweep.png")
+        assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+    @pytest.mark.parametrize("strengths", [(), (0.5, 1.0), (0.0, 1.0, 0.5), (0.0, 1.0, 1.0), (0.0, float("nan"))])
+    def test_strengths_that_make_no_sweep(self, strengths):
+        with pytest.raises(ValueError, match="Expected `points` to"):
+            Sweep(CHAIR, None, tuple(Point(strength, 1.0) for strength in strengths), 0.5)
+
+    @pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
+    def test_tolerances_that_no_loss_can_be_compared_with(self, tolerance):
+        with pytest.raises(ValueError, match="Expected `tolerance` to be at least 0"):
+            Sweep(CHAIR, SKILL, POINTS, tolerance)
+
+    def test_intervals_are_written(self):
+        sweep = Sweep(CHAIR, SKILL, (Point(0.0, 9.0, 90.0, 0.5, 1.25), Point(1.0, 8.0, 89.0)), 0.5, compared="the base")
+        rows = list(csv.DictReader(sweep.as_csv().splitlines()))
+        assert rows[0] == {"strength": "0", "score": "9.0", "skill": "90.0", "score_half": "0.5", "skill_half": "1.25"}
+        assert (rows[1]["skill"], rows[1]["score_half"]) == ("89.0", "")
+        assert (sweep.as_json()["compared"], sweep.as_json()["base_skill"]) == ("the base", 90)
+
+    def test_labels_that_would_lie_on_each_other_are_one(self):
+        """Three letters are 15 points wide: 8 to the right is on it, 8 up is on its line, 30 away is free."""
+        places = [(100.0, 50.0), (108.0, 50.0), (100.0, 58.0), (130.0, 80.0)]
+        assert joined_labels(places, [0.75, 0.5, 1.0, 2.0]) == [(0, "0.5, 0.75, 1"), (3, "2")]
+        assert joined_labels([(0.0, 0.0), (0.0, 10.0)], [1.0, 2.0]) == [(0, "1"), (1, "2")]
+
 
 class TestSkillFiles:
     def write(self, folder: Path, name: str, value: float) -> None:
@@ -182,6 +229,37 @@ def test_every_point_is_the_model_at_that_strength(inside, adapter, capsys):
     assert f"Suggested: strength {told['suggested']:g}" in printed
     assert Path("sweep/sweep.png").is_file()
     PeftModel.from_pretrained(DigitBackbone().load_model(), "sweep/adapter")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_the_trained_one_afterwards(inside, adapter, monkeypatch, fails):
+    backbone = DigitBackbone()
+    model = PeftModel.from_pretrained(backbone.load_model(), str(adapter)).eval()
+    policy = Policy(backbone, model)
+    folder = Path("data/digit_benchmarks")
+    benchmark = PopeBenchmark(folder / "pope", folder / "images", instruction="", max_new_tokens=8)
+    if fails:
+        monkeypatch.setattr(AdapterStrength, "save", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            measure_strengths(policy, [0.0, 0.5], Measures(benchmark), "sweep", show_progress=False)
+    else:
+        measure_strengths(policy, [0.0, 0.5], Measures(benchmark), "sweep", show_progress=False)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    assert layer.scaling["default"] == 8 / 4
+    # Refused for a model that is turned.
+    assert AdapterStrength(model).value == 1
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [([0.5, 1.0], "begin with strength 0"), ([0.0, 1.0, 0.5], "rising order"), ([], "rising order")],
+)
+def test_scales_that_make_no_sweep_are_refused_before_anything_is_asked(inside, adapter, scales, message):
+    backbone = DigitBackbone()
+    policy = Policy(backbone, PeftModel.from_pretrained(backbone.load_model(), str(adapter)))
+    with pytest.raises(ValueError, match=f"Expected `scales` to .*{message}"):
+        measure_strengths(policy, scales, Measures(PopeBenchmark()), "sweep")
+    assert not Path("sweep").exists()
 
 
 def test_a_second_run_asks_nothing_again_and_takes_scores_of_others(inside, adapter, capsys, monkeypatch):

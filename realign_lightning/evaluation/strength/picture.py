@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 # Shapes say the same as colours.
 _FRONT, _OTHER, _SUGGESTED = BLUE, "#9aa3ad", VERMILION
+
+_LETTER, _LINE = 5.0, 9.0
+"""Width of a letter and height of a line of the points' labels, in points of print."""
 
 
 def draw(sweep: Sweep, path: Path) -> None:
@@ -44,13 +48,16 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 def _title(sweep: Sweep) -> str:
     dial = "Strength of the adapter" if sweep.dial == "strength" else sweep.dial
-    return f"{dial}: {sweep.suggested.strength:g} is suggested"
+    strength = f"{sweep.suggested.strength:g}"
+    if sweep.keeps_skill:
+        return f"{dial}: {strength} is suggested"
+    return f"{dial}: none loses at most {sweep.tolerance:g}, {strength} loses least"
 
 
 def _draw_over_strength(axes: Axes, sweep: Sweep) -> None:
     strengths, scores = zip(*((point.strength, point.score) for point in sweep.points), strict=True)
     axes.plot(strengths, scores, "o-", color=_FRONT, ms=5)
-    _ring(axes, sweep.suggested.strength, sweep.suggested.score)
+    _ring(axes, sweep, sweep.suggested.strength)
     axes.set_xlabel("strength (0 is the base model, 1 as trained)" if sweep.dial == "strength" else sweep.dial)
     _point_up(axes, sweep)
 
@@ -69,10 +76,7 @@ def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
         if group:
             places = [_skill(point) for point in group], [point.score for point in group]
             axes.scatter(*places, color=color, marker=marker, s=34, zorder=3, label=label)
-    for point in shown:
-        place = (_skill(point), point.score)
-        axes.annotate(f"{point.strength:g}", place, (5, 5), textcoords="offset points", size=8.5, color=INK)
-    _ring(axes, _skill(sweep.suggested), sweep.suggested.score)
+    _ring(axes, sweep, _skill(sweep.suggested))
     first = sweep.first_skill
     assert first is not None  # noqa: S101 - points have skills
     lowest = first - skill_axis.worth(sweep.tolerance)
@@ -82,7 +86,44 @@ def _draw_front(axes: Axes, sweep: Sweep, skill_axis: Axis) -> None:
     if not skill_axis.higher_is_better:
         axes.invert_xaxis()
     _point_up(axes, sweep)
+    _label(axes, shown)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="best")
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Write strengths beside their points; only where axes have their last limits."""
+    axes.autoscale_view()
+    values = [(_skill(point), point.score) for point in points]
+    places = axes.transData.transform(values) * 72 / axes.figure.dpi
+    for first, label in joined_labels([(x, y) for x, y in places], [point.strength for point in points]):
+        axes.annotate(label, values[first], (5, 5), textcoords="offset points", size=8.5, color=INK)
+
+
+def joined_labels(places: Sequence[tuple[float, float]], strengths: Sequence[float]) -> list[tuple[int, str]]:
+    """Labels of points, one for all whose labels would be printed on each other.
+
+    Args:
+        places: of the points on the paper, in points of print.
+        strengths: one per place.
+
+    Returns:
+        For every label, the index of the point furthest to the left, where it begins, and what it says.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(places)), key=lambda one: places[one][0]):
+        x, y = places[index]
+        for group in groups:
+            left, height = places[group[0]]
+            if x - left < _LETTER * len(_joined(strengths, group)) and abs(y - height) < _LINE:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return [(group[0], _joined(strengths, group)) for group in groups]
+
+
+def _joined(strengths: Sequence[float], group: Sequence[int]) -> str:
+    return ", ".join(f"{strength:g}" for strength in sorted(strengths[index] for index in group))
 
 
 def _skill(point: Point) -> float:
@@ -97,9 +138,9 @@ def _point_up(axes: Axes, sweep: Sweep) -> None:
         axes.invert_yaxis()
 
 
-def _ring(axes: Axes, x: float, y: float) -> None:
+def _ring(axes: Axes, sweep: Sweep, x: float) -> None:
     style: dict[str, Any] = {"facecolors": "none", "edgecolors": _SUGGESTED, "linewidths": 2.2}
-    axes.scatter([x], [y], s=190, zorder=4, label="suggested", **style)
+    axes.scatter([x], [sweep.suggested.score], s=190, zorder=4, label=sweep.verdict, **style)
 
 
 def _frame(axes: Axes) -> None:

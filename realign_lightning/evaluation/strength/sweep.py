@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -58,11 +59,14 @@ class Sweep:
     Args:
         score_axis: of :attr:`Point.score`.
         skill_axis: of :attr:`Point.skill`; None where no skill was measured.
-        points: in rising order of strength; the first is the base model, of strength 0.
+        points: in rising order of strength; the first is the base model, of strength 0, unless ``base_skill`` is given.
         tolerance: how much of the base's skill may be lost, in the skill's own unit.
         base_skill: what losses are counted from; None is the first point's.
         dial: what is turned from point to point.
         compared: what scores and skills are differences to, for titles; empty where they are what was measured.
+
+    Raises:
+        ValueError: for points in another order, and for a tolerance that is negative or no number.
     """
 
     score_axis: Axis
@@ -72,6 +76,10 @@ class Sweep:
     base_skill: float | None = None
     dial: str = "strength"
     compared: str = ""
+
+    def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
+        check_strengths("points", [point.strength for point in self.points], self.base_skill is None)
 
     @property
     def first_skill(self) -> float | None:
@@ -95,13 +103,23 @@ class Sweep:
     def suggested(self) -> Point:
         """The best score among the points that keep the base's skill but for :attr:`tolerance`.
 
-        Of equal scores the smallest strength: it changes least.
+        Of equal scores the smallest strength: it changes least. Where no point keeps the skill, which only happens
+        where the base is no point, the one that loses least: :attr:`verdict` says which of both it is.
         """
         allowed = [point for point in self.points if self._keeps_skill(point)]
         if not allowed:
-            # Only where skills are compared with a base that is no point: the least loss.
             return max(self.points, key=lambda point: self._goods(point)[::-1])
         return max(allowed, key=lambda point: (self.score_axis.worth(point.score), -point.strength))
+
+    @property
+    def keeps_skill(self) -> bool:
+        """Whether any point loses no more of the base's skill than :attr:`tolerance`."""
+        return any(map(self._keeps_skill, self.points))
+
+    @property
+    def verdict(self) -> str:
+        """What :attr:`suggested` is to be called: nothing that loses too much is suggested."""
+        return "suggested" if self.keeps_skill else "loses least"
 
     def _keeps_skill(self, point: Point) -> bool:
         first = self.first_skill
@@ -133,7 +151,7 @@ class Sweep:
 
     def _row(self, point: Point) -> list[str]:
         notes = ["front"] if point in self.front and self.skill_axis is not None else []
-        notes += ["suggested"] if point == self.suggested else []
+        notes += [self.verdict] if point == self.suggested else []
         skill = [] if self.skill_axis is None else [_shown(point.skill, point.skill_half)]
         return [f"{point.strength:g}", _shown(point.score, point.score_half), *skill, ", ".join(notes)]
 
@@ -142,6 +160,11 @@ class Sweep:
         if self.skill_axis is None:
             return (
                 f"Best score at {self.dial} {best.strength:g}. What it costs elsewhere was not measured: give `skills`."
+            )
+        if not self.keeps_skill:
+            return (
+                f"No {self.dial} loses at most {self.tolerance:g} of the base's {self.skill_axis.title}: {self.dial} "
+                f"{best.strength:g} loses least."
             )
         return (
             f"Suggested: {self.dial} {best.strength:g}, the best {self.score_axis.title} of those that lose at most "
@@ -153,20 +176,62 @@ class Sweep:
         return {
             "score": self.score_axis._asdict(),
             "skill": None if self.skill_axis is None else self.skill_axis._asdict(),
+            "dial": self.dial,
+            "compared": self.compared,
+            "base_skill": self.first_skill,
             "tolerance": self.tolerance,
             "points": [point._asdict() for point in self.points],
             "front": [point.strength for point in self.front],
             "suggested": self.suggested.strength,
+            "keeps_skill": self.keeps_skill,
         }
 
     def as_csv(self) -> str:
-        """One line per point: strength, score, skill."""
-        lines = ["strength,score,skill"]
-        lines += [
-            f"{point.strength:g},{point.score!r},{'' if point.skill is None else repr(point.skill)}"
-            for point in self.points
-        ]
+        """One line per point, by the names of :class:`Point`; empty is what was not measured."""
+        lines = [",".join(Point._fields)]
+        for strength, *values in self.points:
+            lines.append(",".join([f"{strength:g}", *("" if value is None else repr(value) for value in values)]))
         return "\n".join(lines) + "\n"
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Refuse what no loss can be compared with.
+
+    Args:
+        tolerance: of a sweep.
+
+    Raises:
+        ValueError: if it is negative, infinite or no number.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(
+            f"Expected `tolerance` to be at least 0 and finite, got {tolerance}: give the most of the base's skill "
+            "that may be lost, in the skill's own unit."
+        )
+
+
+def check_strengths(name: str, strengths: Sequence[float], needs_base: bool = True) -> None:
+    """Refuse strengths that make no sweep.
+
+    Args:
+        name: of the argument that holds them.
+        strengths: of a sweep.
+        needs_base: whether 0 has to be among them, as what losses are counted from.
+
+    Raises:
+        ValueError: if there are none, or one is not finite, or they do not rise, or 0 is missing at the start.
+    """
+    is_rising = all(one < other for one, other in itertools.pairwise(strengths))
+    if len(strengths) == 0 or not is_rising or not all(map(math.isfinite, strengths)):
+        raise ValueError(
+            f"Expected `{name}` to have finite strengths in rising order, each once, got {list(strengths)}: sort them, "
+            "and leave out what is there twice."
+        )
+    if needs_base and strengths[0] != 0:
+        raise ValueError(
+            f"Expected `{name}` to begin with strength 0, the base model that losses are counted from, got "
+            f"{list(strengths)}: put 0 before the others."
+        )
 
 
 def _shown(value: float | None, half: float | None) -> str:
@@ -227,6 +292,21 @@ def axis_of(benchmark: MarkedBenchmark, score: str | None) -> tuple[str, float, 
     return chosen.name, chosen.scale, Axis(f"{benchmark.name} {chosen.title}", chosen.higher_is_better)
 
 
+def check_skill_name(benchmark: Benchmark, name: str | None) -> None:
+    """Refuse the name of a score that a benchmark of skills cannot have, before it is asked.
+
+    Args:
+        benchmark: whose scores are known before there are answers only if it is a
+            :class:`~realign_lightning.evaluation.MarkedBenchmark`; others pass.
+        name: which of its scores; None where it has one.
+
+    Raises:
+        ValueError: if the name is missing or unknown.
+    """
+    if isinstance(benchmark, MarkedBenchmark) and type(benchmark).score is MarkedBenchmark.score:
+        _named(name, [f"{benchmark.name} {score.title}" for score in benchmark.headline])
+
+
 def skill_of(benchmark: Benchmark, answers: Sequence[str], name: str | None) -> tuple[str, float]:
     """Title and value of a benchmark of skills.
 
@@ -239,11 +319,16 @@ def skill_of(benchmark: Benchmark, answers: Sequence[str], name: str | None) -> 
         ValueError: if the name is missing or unknown.
     """
     scores = benchmark.score(answers)
-    if name is None and len(scores) == 1:
-        (name,) = scores
-    if name not in scores:
-        raise ValueError(f"Expected `skill_score` to be one of {', '.join(scores)}, got {name!r}.")
+    name = _named(name, list(scores))
     return name, scores[name]
+
+
+def _named(name: str | None, known: Sequence[str]) -> str:
+    if name is None and len(known) == 1:
+        return known[0]
+    if name is None or name not in known:
+        raise ValueError(f"Expected `skill_score` to be one of {', '.join(known)}, got {name!r}.")
+    return name
 
 
 def read_skill(pattern: str, strength: float, name: str | None) -> float:
