@@ -126,9 +126,11 @@ def test_what_has_no_strength_is_refused(backbone, model):
         AdapterStrength(model).set(float("inf"))
 
 
-def test_trained_biases_are_refused(backbone):
-    with pytest.raises(ValueError, match="without trained biases, got bias='lora_only'"):
-        AdapterStrength(trained(backbone, bias="lora_only"))
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused(model, bias):
+    model.peft_config["default"].bias = bias
+    with pytest.raises(ValueError, match=f"without trained biases, got bias='{bias}'"):
+        AdapterStrength(model)
 
 
 def test_an_inactive_adapter_is_not_written(backbone, tmp_path):
