@@ -2,19 +2,24 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from safetensors.torch import load_file
 
 from realign_lightning.backbones import AdapterStrength, LoRA
+from realign_lightning.backbones.files import file_sha256
 from realign_lightning.cli import run
-from realign_lightning.demos import DigitBackbone, write_digit_benchmarks
+from realign_lightning.demos import DigitBackbone, DigitCHAIR, write_digit_benchmarks
 from realign_lightning.engines import Policy
 from realign_lightning.evaluation import PopeBenchmark
+from realign_lightning.evaluation.base import Score
 from realign_lightning.evaluation.run_folder import read_run
 from realign_lightning.evaluation.strength import (
     Axis,
@@ -118,7 +123,7 @@ class TestSweep:
         draw(Sweep(CHAIR, skill, POINTS, 0.5), tmp_path / "sweep.png")
         assert Image.open(tmp_path / "sweep.png").size[0] > 800
 
-    def test_where_none_keeps_the_skill_nothing_is_suggested(self, tmp_path):
+    def test_where_none_keeps_the_skill_nothing_is_suggested(self, tmp_path, monkeypatch):
         """Of a base with 95: 92.8, 92.4 and 92.1 are left, all of which lose more than 0.5."""
         sweep = Sweep(CHAIR, SKILL, POINTS[1:4], 0.5, base_skill=95.0)
         assert sweep.suggested == POINTS[1]
@@ -127,8 +132,14 @@ class TestSweep:
         assert "loses least" in lines[2]
         assert lines[-1] == "No strength loses at most 0.5 of the base's skills: strength 0.5 loses least."
         assert json.loads(json.dumps(sweep.as_json()))["keeps_skill"] is False
+        titles = []
+        monkeypatch.setattr(Axes, "set_title", lambda _, title, **kwargs: titles.append(title))
         draw(sweep, tmp_path / "sweep.png")
-        assert (tmp_path / "sweep.png").stat().st_size > 10_000
+        assert titles == ["Strength of the adapter: none loses at most 0.5, 0.5 loses least"]
+
+    def test_of_equal_least_losses_the_best_score(self):
+        points = (Point(0.5, 9.0, 90.0), Point(1.0, 8.0, 90.0), Point(1.5, 7.0, 89.0))
+        assert Sweep(CHAIR, SKILL, points, 0.0, base_skill=93.0).suggested.strength == 1
 
     @pytest.mark.parametrize("strengths", [(), (0.5, 1.0), (0.0, 1.0, 0.5), (0.0, 1.0, 1.0), (0.0, float("nan"))])
     def test_strengths_that_make_no_sweep(self, strengths):
@@ -145,13 +156,25 @@ class TestSweep:
         rows = list(csv.DictReader(sweep.as_csv().splitlines()))
         assert rows[0] == {"strength": "0", "score": "9.0", "skill": "90.0", "score_half": "0.5", "skill_half": "1.25"}
         assert (rows[1]["skill"], rows[1]["score_half"]) == ("89.0", "")
-        assert (sweep.as_json()["compared"], sweep.as_json()["base_skill"]) == ("the base", 90)
+        told = sweep.as_json()
+        assert (told["dial"], told["compared"], told["base_skill"]) == ("strength", "the base", 90)
+        assert Sweep(CHAIR, SKILL, POINTS, 0.5, base_skill=95.0).as_json()["base_skill"] == 95
 
     def test_labels_that_would_lie_on_each_other_are_one(self):
         """Three letters are 15 points wide: 8 to the right is on it, 8 up is on its line, 30 away is free."""
         places = [(100.0, 50.0), (108.0, 50.0), (100.0, 58.0), (130.0, 80.0)]
         assert joined_labels(places, [0.75, 0.5, 1.0, 2.0]) == [(0, "0.5, 0.75, 1"), (3, "2")]
         assert joined_labels([(0.0, 0.0), (0.0, 10.0)], [1.0, 2.0]) == [(0, "1"), (1, "2")]
+
+    @pytest.mark.parametrize("higher_is_better", [True, False])
+    def test_the_picture_joins_labels_of_points_on_each_other(self, tmp_path, monkeypatch, higher_is_better):
+        labels = []
+        monkeypatch.setattr(Axes, "annotate", lambda _, text, *args, **kwargs: labels.append(text))
+        skills = {0.0: 93.0, 0.5: 92.0, 0.75: 92.001, 1.0: 88.0}
+        scores = {0.0: 14.0, 0.5: 11.0, 0.75: 11.0, 1.0: 9.0}
+        points = tuple(Point(strength, scores[strength], skill) for strength, skill in skills.items())
+        draw(Sweep(CHAIR, Axis("skills", higher_is_better), points, 0.5), tmp_path / "sweep.png")
+        assert sorted(labels) == ["0", "0.5, 0.75", "1"]
 
 
 class TestSkillFiles:
@@ -178,6 +201,23 @@ class TestSkillFiles:
                 Measures(benchmark, **settings)
         with pytest.raises(ValueError, match="Expected `score` to be one of accuracy, f1"):
             Measures(benchmark, score="yes_ratio")
+
+    @pytest.mark.parametrize("name", ["x", "accuracy", None])
+    def test_an_unknown_score_of_skills_is_refused_before_anything_is_asked(self, name):
+        with pytest.raises(ValueError, match=r"Expected `skill_score` to be one of pope accuracy, pope F1, .* got "):
+            Measures(PopeBenchmark(), skills=PopeBenchmark(), skill_score=name)
+
+    def test_scores_that_cannot_be_known_before_pass(self):
+        class OneScore(PopeBenchmark):
+            headline = (Score("accuracy", "accuracy"),)
+
+        class OwnScore(PopeBenchmark):
+            def score(self, answers):
+                return {"own": 1.0}
+
+        Measures(PopeBenchmark(), skills=OneScore())
+        for skills in (OwnScore(), DigitCHAIR(scenes=2)):
+            Measures(PopeBenchmark(), skills=skills, skill_score="own")
 
 
 @pytest.fixture(scope="module")
@@ -252,14 +292,49 @@ def test_the_model_is_the_trained_one_afterwards(inside, adapter, monkeypatch, f
 
 @pytest.mark.parametrize(
     ("scales", "message"),
-    [([0.5, 1.0], "begin with strength 0"), ([0.0, 1.0, 0.5], "rising order"), ([], "rising order")],
+    [
+        ([0.5, 1.0], "to begin with strength 0"),
+        ([0.0, 1.0, 0.5], "to .* rising order"),
+        ([], "to .* rising order"),
+        ([0.0, 1.0000001, 1.0000002], "that differ within six digits"),
+    ],
 )
 def test_scales_that_make_no_sweep_are_refused_before_anything_is_asked(inside, adapter, scales, message):
     backbone = DigitBackbone()
     policy = Policy(backbone, PeftModel.from_pretrained(backbone.load_model(), str(adapter)))
-    with pytest.raises(ValueError, match=f"Expected `scales` to .*{message}"):
+    with pytest.raises(ValueError, match=f"Expected `scales` {message}"):
         measure_strengths(policy, scales, Measures(PopeBenchmark()), "sweep")
     assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
+def test_a_tolerance_is_checked_before_anything_is_asked(inside, tolerance):
+    with pytest.raises(ValueError, match=f"Expected `tolerance` to be at least 0 and finite, got {tolerance}"):
+        measure_strengths(Policy(DigitBackbone()), [0.0, 1.0], Measures(PopeBenchmark()), "sweep", tolerance)
+    assert not Path("sweep").exists()
+
+
+def test_the_written_adapter_is_the_suggested_one_and_weights_are_hashed_once(inside, adapter):
+    hashed: Counter[Path] = Counter()
+
+    def counting(path: Path) -> str:
+        hashed[path] += 1
+        return file_sha256(path)
+
+    backbone = DigitBackbone()
+    policy = Policy(backbone, PeftModel.from_pretrained(backbone.load_model(), str(adapter)).eval())
+    policy.hash_file = counting
+    folder = Path("data/digit_benchmarks")
+    benchmark = PopeBenchmark(folder / "pope", folder / "images", instruction="", max_new_tokens=8)
+    for strength, value in (("0", 0.0), ("0.5", 1.0), ("2", 0.0)):
+        TestSkillFiles().write(Path("lmms") / strength, "1_results.json", value)
+    measures = Measures(benchmark, skill_files="lmms/{strength}/*_results.json", skill_score="mme/mme_score,none")
+    sweep = measure_strengths(policy, [0.0, 0.5, 2.0], measures, "sweep", show_progress=False)
+    taken = sweep.suggested.strength
+    written, whole = (load_file(Path(one) / "adapter_model.safetensors") for one in ("sweep/adapter", adapter))
+    for name, value in whole.items():
+        assert torch.equal(written[name], value * taken if "lora_B" in name else value), name
+    assert set(hashed.values()) == {1}
 
 
 def test_a_second_run_asks_nothing_again_and_takes_scores_of_others(inside, adapter, capsys, monkeypatch):
