@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from benchmarks.evidence_jobs import BASE, Choice, Job, Plan, Run
-from benchmarks.evidence_settings import Choosing, Claim, Experiment, Measure
+from benchmarks.evidence_settings import NUMBERED, Choosing, Claim, Experiment, Measure
 from benchmarks.evidence_statistics import Estimate, difference, estimate
 from realign_lightning.evaluation.looks import BLUE, FAINT, INK, MUTED, VERMILION
 from realign_lightning.evaluation.report import markdown_table
@@ -517,7 +517,7 @@ def draw_dials(experiment: Experiment, folder: Path, pictures: Path, seeds: Sequ
         raw = Raw(folder / "dial.csv", seeds)
         strengths = {value: ("dial", value) for value in experiment.dial}
         found[f"evidence_strength_{world}"] = sweep_of(experiment, raw, world, strengths, "strength", ("dial", 0.0))
-    for name in ("visual_weight", "sft_weight"):
+    for name in NUMBERED:
         for world in experiment.worlds_of(name) if name in experiment.ablations else []:
             points = {float(label): (f"{name}={label}", None) for label in experiment.ablations[name].values}
             title = experiment.ablations[name].title

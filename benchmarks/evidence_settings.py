@@ -25,7 +25,7 @@ Negative = Literal["retrieved", "random", "crop"]
 """The image of the visual preference: the retrieved one, that of another pair, or mDPO's crop of the image itself."""
 
 
-NUMBERED = {"visual_weight", "sft_weight"}
+NUMBERED = ("visual_weight", "sft_weight")
 """Names of ablations that are drawn over the numbers in their labels."""
 
 
@@ -327,7 +327,7 @@ class Experiment:
                 f"Expected 0.0, which is the policy as it was taught, among the strengths in `dial`, got {self.dial}. "
                 "Add it, or leave the dial empty."
             )
-        for name in NUMBERED & self.ablations.keys():
+        for name in self.ablations.keys() & set(NUMBERED):
             if wrong := [label for label in self.ablations[name].values if not _is_number(label)]:
                 raise ValueError(
                     f"Expected numbers as labels of the ablation {name!r}, which is drawn over them, got {wrong}. "
